@@ -1,0 +1,84 @@
+"""The values that cross between a gateway, the broker and an engine: token ids in, token ids out.
+
+This is the only engine module that a gateway imports, so it imports nothing heavier than msgspec. All structs are
+immutable and encode to msgpack arrays (`array_like`): the order of fields is the wire format, and new fields are
+appended with a default. Text never appears here; stop strings and tool calls belong to the gateway.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Every request ends with exactly one of these."""
+
+    STOP = "stop"  # an end-of-sequence or stop token id was generated (it is the last token of the log)
+    LENGTH = "length"  # max_tokens or the context window was reached
+    ABORT = "abort"  # the client went away, or a gateway asked for it (cancel, stop string found)
+    ERROR = "error"  # see TokenEvent.error
+
+
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """How the tokens of one request are drawn. Ranges are checked by the gateway, which knows the model.
+
+    temperature: 0 means greedy. top_k: 0 means off. top_p in (0, 1], 1 means off. min_p in [0, 1], 0 means off.
+    seed: an unsigned 64-bit key; token i of a request is drawn from Philox(seed, i), so a resumed request
+    continues the same random sequence. stop_token_ids: generation ends after any of these (end-of-sequence
+    ids included by the gateway unless the client asked to ignore them), not before min_tokens were generated.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """One prompt to be continued. Immutable from the moment it is submitted.
+
+    arrival_s and deadline_s are Unix times in seconds; a request that has not finished by its deadline ends
+    with an error. A lower priority number is served first. tenant groups requests for fairness.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    arrival_s: float
+    deadline_s: float | None = None
+    priority: int = 0
+    tenant: str = ""
+
+
+class RequestMetrics(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """What the worker measured for one request; sent with its final event. Times in seconds.
+
+    queue_s: submit to first scheduled. prefill_s: first scheduled to first token. decode_s: first token to last.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """New tokens of one request. `index` is the position of token_ids[0] among the request's generated tokens.
+
+    The last event of a request carries finish_reason (and may carry no tokens); error is set with ERROR alone.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    metrics: RequestMetrics | None = None

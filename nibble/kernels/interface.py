@@ -1,0 +1,162 @@
+"""The operations a backend offers to the engine: arrays in, arrays out, no engine types.
+
+THE documentation of each op: formula, shapes, dtypes, in place or new. `cpu/` is the readable reference and the
+backend of a machine without a GPU; `cuda/` (CuPy RawKernels) implements the same protocol. `Array` is whatever the
+backend's arrays are (numpy on CPU, CuPy on CUDA): all are C-contiguous unless said otherwise, and the engine passes
+them around without naming the library.
+
+Symbols: T tokens of a step (all sequences' queries, concatenated), S sequences, H hidden size, N output features,
+K input features, V vocabulary, D head_dim. Activations are float32 on CPU and float16 on CUDA; the residual stream
+is float32 on both. Storage formats (INT4 tiles, INT8 rows, KV blocks) are specified in `layout.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy.typing as npt
+
+from nibble.kernels.layout import KVLayout
+
+Array: TypeAlias = Any  # numpy.ndarray (cpu) or cupy.ndarray (cuda)
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """An INT4 matrix (out_features, in_features) in the tile layout of `layout.py`.
+
+    w[n, k] = scale[n, k // group_size] * q[n, k] + minimum[n, k // group_size], q in 0..15, scale and minimum fp16.
+    """
+
+    packed: Array  # uint8 (layout.int4_num_bytes(out_features, in_features, group_size),)
+    out_features: int
+    in_features: int
+    group_size: int  # 32, 64 or 128; divides in_features
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """An INT8 matrix: w[n, k] = scales[n, k // group_size] * values[n, k]. Symmetric, row-major."""
+
+    values: Array  # int8 (out_features, in_features)
+    scales: Array  # float16 (out_features, in_features // group_size)
+    group_size: int  # divides in_features; in_features itself means one scale per row
+
+    @property
+    def out_features(self) -> int:
+        return int(self.values.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.values.shape[1])
+
+
+@dataclass(frozen=True)
+class AttentionBatch:
+    """Which tokens of a step belong to which sequence, and where their keys and values live.
+
+    Sequence s owns query rows query_starts[s]:query_starts[s + 1], which are the last of its context_lens[s]
+    tokens (this step's included). Its token at position p lies in block block_tables[s, p // 64], slot p % 64.
+    """
+
+    query_starts: Array  # int32 (S + 1,)
+    context_lens: Array  # int32 (S,)
+    block_tables: Array  # int32 (S, max_blocks); entries past a sequence's last block are undefined
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """Per-row sampling parameters; see `Kernels.sample`."""
+
+    temperature: Array  # float32 (S,), 0 = greedy
+    top_k: Array  # int32 (S,), 0 = off
+    top_p: Array  # float32 (S,), 1 = off
+    min_p: Array  # float32 (S,), 0 = off
+    seeds: Array  # uint64 (S,)
+    positions: Array  # int64 (S,), index of the token to be drawn among the request's generated tokens
+
+
+class Kernels(Protocol):
+    """One backend on one device. Not thread-safe: one caller at a time."""
+
+    @property
+    def device_name(self) -> str:
+        """What the work runs on, for people: `cpu: Intel(R) Xeon(R), 2 threads`."""
+
+    def to_device(self, array: npt.NDArray[Any]) -> Array:
+        """The array on the device. The CPU backend returns its argument without a copy (a memory map stays one)."""
+
+    def to_host(self, array: Array) -> npt.NDArray[Any]:
+        """The array as numpy, after all work that writes it has finished."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """A new zero-filled array on the device."""
+
+    def warm_up(self) -> None:
+        """Compile or load every kernel, so that no request pays for it."""
+
+    def embedding(self, ids: Array, weight: Int8Weight) -> Array:
+        """Rows of the embedding table, dequantised. ids int32 (T,) -> new float32 (T, H)."""
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """x / sqrt(mean(x^2) + eps) * weight over the last axis. x (T, H), weight (H,), both float32 -> new (T, H)."""
+
+    def int4_linear(
+        self, x: Array, weight: Int4Weight, bias: Array | None = None, residual: Array | None = None
+    ) -> Array:
+        """x @ w.T + bias (+ residual). x (T, K), bias float32 (N,) -> (T, N), accumulated in fp32.
+
+        With `residual` float32 (T, N) the result is added to it in place and `residual` is returned. A row's result
+        does not depend on the other rows of the call for T <= 8 (same order of additions).
+        """
+
+    def int8_linear(
+        self, x: Array, weight: Int8Weight, bias: Array | None = None, residual: Array | None = None
+    ) -> Array:
+        """As `int4_linear`, for INT8 weights (the lm_head, and linears that a checkpoint does not hold in 4 bits)."""
+
+    def rope_table(self, inverse_frequencies: list[float], num_positions: int, attention_factor: float) -> Array:
+        """Rotary table float32 (num_positions, 2, D / 2): cos and sin of p * inverse_frequencies, times the factor.
+
+        Angles are computed in float64: at position 100k a float32 angle is off by 1e-2 radians.
+        """
+
+    def rope(self, qkv: Array, positions: Array, table: Array, layout: KVLayout) -> None:
+        """Rotate q and k heads of qkv (T, (num_heads + 2 * num_kv_heads) * D) in place; positions int32 (T,).
+
+        Halves are paired as in Hugging Face models: (x[i], x[i + D/2]) -> (x[i] cos - x[i + D/2] sin,
+        x[i + D/2] cos + x[i] sin), i < D/2.
+        """
+
+    def append_kv(self, qkv: Array, slots: Array, kv_cache: Array, layout: KVLayout) -> None:
+        """Quantise k and v of each token of qkv and write them to slot slots[t] = block_id * 64 + offset, int64 (T,).
+
+        kv_cache uint8 (num_blocks, num_kv_heads, layout.head_block_bytes), one layer, written in place.
+        """
+
+    def paged_attention(self, qkv: Array, kv_cache: Array, batch: AttentionBatch, layout: KVLayout) -> Array:
+        """Causal attention of this step's queries over the paged cache (this step's tokens were appended before).
+
+        Query head h reads KV head h // (num_heads / num_kv_heads); scores are scaled by 1 / sqrt(D); softmax and
+        sums in fp32. Keys and values come from the cache alone, so that prefill, chunked prefill and decode see the
+        same (quantised) numbers. Ragged: any mix of query lengths >= 1. -> new (T, num_heads * D).
+        """
+
+    def silu_and_mul(self, gate_up: Array) -> Array:
+        """silu(gate) * up. gate_up (T, 2 * I) with gate and up interleaved as `layout.GATE_UP_INTERLEAVE` says
+        -> new (T, I)."""
+
+    def gather_rows(self, x: Array, rows: Array) -> Array:
+        """x[rows]: x (T, H), rows int32 (S,) -> new (S, H)."""
+
+    def sample(self, logits: Array, batch: SamplingBatch) -> Array:
+        """Draw one token id per row. logits float32 (S, V), may be overwritten -> new int32 (S,).
+
+        temperature 0: the smallest id with the largest logit. Otherwise p = softmax(logits / temperature); candidates
+        in order of falling p (ties: smaller id first) are cut to the top_k first, then, renormalised, to the shortest
+        prefix whose sum is >= top_p, then to those with p >= min_p * max(p); at least one stays. The token is the first
+        candidate whose running sum exceeds u * (sum of the candidates), with u in [0, 1) from the first 32-bit word
+        (its upper 24 bits) of Philox4x32-10, key = seed (low word, high word), counter = (position low, position
+        high, 0, 0). A row with a NaN, or without a finite logit, gives -1.
+        """

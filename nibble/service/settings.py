@@ -1,0 +1,63 @@
+"""What all processes' settings share: the NIBBLE_ prefix, and that a misspelt variable is an error.
+
+Each process has one frozen subclass in its own `settings.py`, read once in its `__main__`. Processes of one deployment
+often share one environment, so a variable is misspelt only if no process knows it: `KNOWN_VARIABLES` lists them all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Self
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "NIBBLE_"
+
+# Every variable that some process reads; tests/service/test_settings.py compares it with the Settings classes.
+KNOWN_VARIABLES = frozenset(
+    {
+        # all processes
+        "NIBBLE_REDIS_URL",
+        "NIBBLE_NAMESPACE",
+        "NIBBLE_MODEL_DIR",
+        "NIBBLE_MODEL_NAME",
+        "NIBBLE_LOG_LEVEL",
+    }
+)
+
+
+class SettingsError(ValueError):
+    """A variable is unknown or its value is not acceptable. The message is one line that names it."""
+
+
+class ProcessSettings(BaseSettings):
+    """Base of each process's settings."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    namespace: str = "nibble"
+    log_level: str = "INFO"
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read the process environment. Raises SettingsError."""
+        check_variable_names(os.environ)
+        try:
+            return cls()
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = PREFIX + ".".join(str(part) for part in first["loc"]).upper()
+            raise SettingsError(f"{name}: {first['msg']} (got {first.get('input')!r})") from error
+
+
+def check_variable_names(environment: Mapping[str, str]) -> None:
+    """Raise SettingsError for the first NIBBLE_ variable that no process reads."""
+    for name in sorted(environment):
+        if name.startswith(PREFIX) and name not in KNOWN_VARIABLES:
+            close = difflib.get_close_matches(name, KNOWN_VARIABLES, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise SettingsError(f"{name}: no such setting{hint}")
