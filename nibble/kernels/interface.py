@@ -13,6 +13,7 @@ is float32 on both. Storage formats (INT4 tiles, INT8 rows, KV blocks) are speci
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol, TypeAlias
 
 import numpy.typing as npt
@@ -20,6 +21,21 @@ import numpy.typing as npt
 from nibble.kernels.layout import KVLayout
 
 Array: TypeAlias = Any  # numpy.ndarray (cpu) or cupy.ndarray (cuda)
+
+
+class Mode(Enum):
+    """Which of two numerically different implementations an op may use. The caller chooses, never the shape.
+
+    DECODE: exact and batch-invariant. A row's result is the same bit for bit whatever the other rows of the call are
+    and however many there are (any T): a sequence generates the same tokens alone, in a batch of 64, and when another
+    worker recomputes its generated tokens (which it does in this mode, many rows of one sequence at once).
+    PREFILL: built for throughput on many rows (bf16 products with fp32 accumulation). For the same reason a row's
+    result should not depend on how the prompt was cut into chunks: the order of additions along K and along the
+    context is fixed by positions, not by T.
+    """
+
+    DECODE = "decode"
+    PREFILL = "prefill"
 
 
 @dataclass(frozen=True)
@@ -103,16 +119,28 @@ class Kernels(Protocol):
         """x / sqrt(mean(x^2) + eps) * weight over the last axis. x (T, H), weight (H,), both float32 -> new (T, H)."""
 
     def int4_linear(
-        self, x: Array, weight: Int4Weight, bias: Array | None = None, residual: Array | None = None
+        self,
+        x: Array,
+        weight: Int4Weight,
+        bias: Array | None = None,
+        residual: Array | None = None,
+        *,
+        mode: Mode,
     ) -> Array:
         """x @ w.T + bias (+ residual). x (T, K), bias float32 (N,) -> (T, N), accumulated in fp32.
 
-        With `residual` float32 (T, N) the result is added to it in place and `residual` is returned. A row's result
-        does not depend on the other rows of the call for T <= 8 (same order of additions).
+        With `residual` float32 (T, N) the result is added to it in place and `residual` is returned. See `Mode` for
+        what a row's result may depend on.
         """
 
     def int8_linear(
-        self, x: Array, weight: Int8Weight, bias: Array | None = None, residual: Array | None = None
+        self,
+        x: Array,
+        weight: Int8Weight,
+        bias: Array | None = None,
+        residual: Array | None = None,
+        *,
+        mode: Mode,
     ) -> Array:
         """As `int4_linear`, for INT8 weights (the lm_head, and linears that a checkpoint does not hold in 4 bits)."""
 
@@ -135,12 +163,14 @@ class Kernels(Protocol):
         kv_cache uint8 (num_blocks, num_kv_heads, layout.head_block_bytes), one layer, written in place.
         """
 
-    def paged_attention(self, qkv: Array, kv_cache: Array, batch: AttentionBatch, layout: KVLayout) -> Array:
+    def paged_attention(
+        self, qkv: Array, kv_cache: Array, batch: AttentionBatch, layout: KVLayout, *, mode: Mode
+    ) -> Array:
         """Causal attention of this step's queries over the paged cache (this step's tokens were appended before).
 
         Query head h reads KV head h // (num_heads / num_kv_heads); scores are scaled by 1 / sqrt(D); softmax and
         sums in fp32. Keys and values come from the cache alone, so that prefill, chunked prefill and decode see the
-        same (quantised) numbers. Ragged: any mix of query lengths >= 1. -> new (T, num_heads * D).
+        same (quantised) numbers. Ragged: any mix of query lengths >= 1, in both modes. -> new (T, num_heads * D).
         """
 
     def silu_and_mul(self, gate_up: Array) -> Array:
