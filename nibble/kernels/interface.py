@@ -180,6 +180,9 @@ class Kernels(Protocol):
     def gather_rows(self, x: Array, rows: Array) -> Array:
         """x[rows]: x (T, H), rows int32 (S,) -> new (S, H)."""
 
+    def add_to_logits(self, logits: Array, rows: Array, ids: Array, values: Array) -> None:
+        """logits[rows[i], ids[i]] += values[i], in place; rows, ids int32 (n,), values float32 (n,), -inf forbids."""
+
     def sample(self, logits: Array, batch: SamplingBatch) -> Array:
         """Draw one token id per row. logits float32 (S, V), may be overwritten -> new int32 (S,).
 
