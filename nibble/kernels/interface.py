@@ -112,6 +112,9 @@ class Kernels(Protocol):
     def warm_up(self) -> None:
         """Compile or load every kernel, so that no request pays for it."""
 
+    def read_bandwidth(self) -> float:
+        """Bytes per second that the device reads from memory, measured now: the roof of decode."""
+
     def embedding(self, ids: Array, weight: Int8Weight) -> Array:
         """Rows of the embedding table, dequantised. ids int32 (T,) -> new float32 (T, H)."""
 

@@ -25,6 +25,18 @@ KNOWN_VARIABLES = frozenset(
         "NIBBLE_MODEL_DIR",
         "NIBBLE_MODEL_NAME",
         "NIBBLE_LOG_LEVEL",
+        # worker
+        "NIBBLE_WORKER_ID",
+        "NIBBLE_DEVICE",
+        "NIBBLE_NUM_THREADS",
+        "NIBBLE_MAX_NUM_SEQUENCES",
+        "NIBBLE_MAX_NUM_BATCHED_TOKENS",
+        "NIBBLE_KV_CACHE_BYTES",
+        "NIBBLE_KV_DTYPE",
+        "NIBBLE_LEASE_S",
+        "NIBBLE_METRICS_HOST",
+        "NIBBLE_METRICS_PORT",
+        "NIBBLE_VLLM_METRIC_NAMES",
     }
 )
 

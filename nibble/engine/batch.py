@@ -1,0 +1,36 @@
+"""What one step computes: the scheduler's decision, read by the model runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nibble.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next num_tokens uncomputed tokens of a sequence. `samples`: its last token's logits give a new token."""
+
+    sequence: Sequence
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step. Prompt tokens go through the throughput path, generated tokens through the batch-invariant one.
+
+    The split is by token, not by sequence: a resumed or preempted sequence recomputes its prompt in `prefill` and its
+    generated tokens in `decode`, with the same arithmetic as the first time, so that it goes on with the same tokens.
+    """
+
+    prefill: list[Chunk]
+    decode: list[Chunk]
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        return [*self.decode, *self.prefill]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)

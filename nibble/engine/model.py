@@ -1,0 +1,133 @@
+"""The decoder: one forward pass of a Llama-family model, top to bottom as in the papers.
+
+Boundary: it calls `Kernels` ops on arrays it never looks into, so it runs on any backend. Which tokens, positions and
+blocks is the model runner's business; tokens out of logits is the sampler's. Source: Touvron et al., "LLaMA" (2023);
+Ainslie et al., "GQA" (2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nibble.engine.checkpoint.native import Checkpoint
+from nibble.engine.model_config import ModelConfig
+from nibble.engine.rope import inverse_frequencies
+from nibble.kernels.interface import Array, AttentionBatch, Int4Weight, Int8Weight, Kernels, Mode
+from nibble.kernels.layout import KVLayout
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A projection on the device, in whichever format the checkpoint holds it."""
+
+    weight: Int4Weight | Int8Weight
+    bias: Array | None = None
+
+    def __call__(self, kernels: Kernels, x: Array, mode: Mode, residual: Array | None = None) -> Array:
+        """x (T, in_features) -> (T, out_features); added into `residual` in place where one is given."""
+        if isinstance(self.weight, Int4Weight):
+            return kernels.int4_linear(x, self.weight, self.bias, residual, mode=mode)
+        return kernels.int8_linear(x, self.weight, self.bias, residual, mode=mode)
+
+
+@dataclass(frozen=True)
+class Layer:
+    attention_norm: Array  # float32 (H,)
+    qkv: Linear
+    o: Linear
+    mlp_norm: Array  # float32 (H,)
+    gate_up: Linear  # rows interleaved, see layout.py
+    down: Linear
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """The device arrays that say which T tokens one forward pass computes."""
+
+    ids: Array  # int32 (T,)
+    positions: Array  # int32 (T,)
+    slots: Array  # int64 (T,), where each token's key and value go: block_id * 64 + offset
+    last_rows: Array  # int32 (S,), rows whose logits are wanted
+    attention: AttentionBatch
+    mode: Mode
+
+
+class DecoderModel:
+    """Weights on the device and the forward pass over them."""
+
+    def __init__(self, config: ModelConfig, kernels: Kernels, checkpoint: Checkpoint, kv_layout: KVLayout) -> None:
+        self.config = config
+        self.kernels = kernels
+        self.kv_layout = kv_layout
+        loader = _Loader(kernels, checkpoint)
+        self.embedding = loader.int8("embedding")
+        self.layers = [loader.layer(f"layers.{i}") for i in range(config.num_layers)]
+        self.final_norm = loader.array("final_norm")
+        self.lm_head = self.embedding if config.tie_word_embeddings else loader.int8("lm_head")
+        self.rope_table = kernels.rope_table(inverse_frequencies(config), config.max_context_tokens, 1.0)
+        self.weight_bytes = loader.num_bytes
+
+    def forward(self, batch: ForwardBatch, kv_cache: Array) -> Array:
+        """Compute all tokens of the batch, appending their keys and values to kv_cache (num_layers, num_blocks, ...).
+
+        Returns logits float32 (S, vocab_size) of batch.last_rows.
+        """
+        kernels, mode, eps = self.kernels, batch.mode, self.config.rms_norm_eps
+        x = kernels.embedding(batch.ids, self.embedding)  # (T, H), the residual stream
+        for i, layer in enumerate(self.layers):
+            h = kernels.rms_norm(x, layer.attention_norm, eps)
+            qkv = layer.qkv(kernels, h, mode)  # (T, (num_heads + 2 num_kv_heads) D)
+            kernels.rope(qkv, batch.positions, self.rope_table, self.kv_layout)
+            kernels.append_kv(qkv, batch.slots, kv_cache[i], self.kv_layout)
+            attended = kernels.paged_attention(qkv, kv_cache[i], batch.attention, self.kv_layout, mode=mode)
+            x = layer.o(kernels, attended, mode, residual=x)
+            h = kernels.rms_norm(x, layer.mlp_norm, eps)
+            gate_up = layer.gate_up(kernels, h, mode)  # (T, 2 I)
+            x = layer.down(kernels, kernels.silu_and_mul(gate_up), mode, residual=x)
+        last = kernels.gather_rows(x, batch.last_rows)  # (S, H)
+        normed = kernels.rms_norm(last, self.final_norm, eps)
+        # Always batch-invariant: S is small, and the first sampled token must not depend on who else is prefilled.
+        return kernels.int8_linear(normed, self.lm_head, mode=Mode.DECODE)
+
+
+class _Loader:
+    """Moves a checkpoint's tensors to the device and counts their bytes."""
+
+    def __init__(self, kernels: Kernels, checkpoint: Checkpoint) -> None:
+        self.kernels = kernels
+        self.checkpoint = checkpoint
+        self.num_bytes = 0
+
+    def array(self, name: str) -> Array:
+        return self._to_device(self.checkpoint.array(name))
+
+    def int8(self, name: str) -> Int8Weight:
+        weight = self._weight(name)
+        assert isinstance(weight, Int8Weight), f"{name} is not INT8"
+        return weight
+
+    def layer(self, prefix: str) -> Layer:
+        return Layer(
+            attention_norm=self.array(f"{prefix}.attention_norm"),
+            qkv=self._linear(f"{prefix}.qkv"),
+            o=self._linear(f"{prefix}.o"),
+            mlp_norm=self.array(f"{prefix}.mlp_norm"),
+            gate_up=self._linear(f"{prefix}.gate_up"),
+            down=self._linear(f"{prefix}.down"),
+        )
+
+    def _linear(self, name: str) -> Linear:
+        bias_name = f"{name}.bias"
+        bias = self.array(bias_name) if self.checkpoint.has(bias_name) else None
+        return Linear(self._weight(name), bias)
+
+    def _weight(self, name: str) -> Int4Weight | Int8Weight:
+        weight = self.checkpoint.linear(name)
+        if isinstance(weight, Int4Weight):
+            packed = self._to_device(weight.packed)
+            return Int4Weight(packed, weight.out_features, weight.in_features, weight.group_size)
+        return Int8Weight(self._to_device(weight.values), self._to_device(weight.scales), weight.group_size)
+
+    def _to_device(self, array: Array) -> Array:
+        self.num_bytes += int(array.nbytes)
+        return self.kernels.to_device(array)

@@ -1,0 +1,146 @@
+"""The worker's loop: exchange with the broker, step the engine, and again. One round trip per step.
+
+It never sees text and never talks to Redis but through `WorkerBroker`. A request that the engine refuses ends with an
+error event; an exception inside a step is a bug or a broken device: it is raised, the process exits non-zero, and
+other workers take its requests over when their leases expire.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from nibble.engine.errors import RequestError
+from nibble.engine.llm_engine import EngineStats
+from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
+from nibble.service.broker.errors import BrokerUnavailable
+from nibble.service.broker.wire import Assignment, WorkerInfo
+from nibble.service.broker.worker_side import WorkerBroker
+from nibble.service.worker.metrics import WorkerMetrics
+
+logger = logging.getLogger(__name__)
+
+RECONNECT_S = 0.5  # pause between attempts while the broker is away; the engine rests meanwhile
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine: LLMEngine, or the load test's synthetic one."""
+
+    stats: EngineStats
+
+    @property
+    def has_unfinished(self) -> bool: ...
+    @property
+    def capacity(self) -> int: ...
+    def add(self, request: GenerationRequest, generated_token_ids: Sequence[int] = ()) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> list[TokenEvent]: ...
+
+
+class WorkerLoop:
+    """Drives one engine for one broker until `stop` is called."""
+
+    def __init__(
+        self, engine: Engine, broker: WorkerBroker, metrics: WorkerMetrics, info: WorkerInfo, idle_wait_s: float
+    ) -> None:
+        self.engine = engine
+        self.broker = broker
+        self.metrics = metrics
+        self._info = info
+        self._idle_wait_s = idle_wait_s
+        self._stopping = False
+        self._events: list[TokenEvent] = []  # not yet taken by the broker
+
+    def stop(self) -> None:
+        """Ask the loop to end after the current step. Safe in a signal handler."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Serve until stopped, then hand unfinished requests back."""
+        try:
+            while not self._stopping:
+                self.run_once()
+            self._exchange(capacity=0, state="draining")
+        finally:
+            self.broker.close()
+
+    def run_once(self) -> None:
+        """One exchange and, if there is anything to compute, one step."""
+        if not self._exchange(self.engine.capacity, "ready"):
+            self.broker.wait(RECONNECT_S)
+        elif self.engine.has_unfinished:
+            self._events += self.engine.step()
+            self.metrics.observe_step(self.engine.stats)
+        elif not self._events:
+            self.broker.wait(self._idle_wait_s)
+
+    def _exchange(self, capacity: int, state: Literal["ready", "draining"]) -> bool:
+        """Hand over events and take requests. False: the broker is away and the events are kept."""
+        stats = self.engine.stats
+        info = WorkerInfo(
+            worker_id=self._info.worker_id,
+            model=self._info.model,
+            device=self._info.device,
+            state=state,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            kv_cache_usage=stats.kv_cache_usage,
+            max_num_sequences=self._info.max_num_sequences,
+            tokens_per_s=self._tokens_per_s(),
+        )
+        try:
+            exchange = self.broker.exchange(self._events, capacity, info)
+        except BrokerUnavailable as error:
+            logger.warning("event=broker_unavailable error=%r held_events=%d", str(error), len(self._events))
+            return False
+        self._log_finished(self._events)
+        self._events = []
+        for request_id in exchange.dropped:
+            self.engine.abort(request_id)
+            logger.info("event=request_dropped request_id=%s", request_id)
+        for assignment in exchange.assignments:
+            self._add(assignment)
+        self.metrics.recovered.inc(exchange.num_recovered)
+        self.metrics.fenced.inc(exchange.num_fenced)
+        return True
+
+    def _add(self, assignment: Assignment) -> None:
+        request, generated = assignment.request, assignment.generated_token_ids
+        try:
+            self.engine.add(request, generated)
+        except RequestError as error:
+            self._events.append(
+                TokenEvent(
+                    request_id=request.request_id,
+                    index=len(generated),
+                    token_ids=[],
+                    finish_reason=FinishReason.ERROR,
+                    error=str(error),
+                )
+            )
+
+    def _log_finished(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            if event.finish_reason is None:
+                continue
+            if event.metrics is not None:
+                self.metrics.observe_request(event.metrics)
+            m = event.metrics
+            logger.info(
+                "event=request_finished request_id=%s finish_reason=%s prompt_tokens=%s generated_tokens=%s "
+                "queue_ms=%.1f prefill_ms=%.1f decode_ms=%.1f error=%s",
+                event.request_id,
+                event.finish_reason,
+                m.prompt_tokens if m else None,
+                m.generated_tokens if m else None,
+                m.queue_s * 1e3 if m else 0.0,
+                m.prefill_s * 1e3 if m else 0.0,
+                m.decode_s * 1e3 if m else 0.0,
+                event.error,
+            )
+
+    def _tokens_per_s(self) -> float:
+        """Decode rate of the last step, for the gateway's estimate of waiting times."""
+        stats = self.engine.stats
+        return stats.num_running / stats.step_s if stats.step_s > 0 else 0.0

@@ -1,0 +1,83 @@
+"""The worker's collectors. Call sites use attributes and methods, never metric names."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import start_http_server
+
+from nibble.engine.llm_engine import EngineStats
+from nibble.engine.protocol import RequestMetrics
+
+_STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class WorkerMetrics:
+    """All metrics of one worker; with_vllm_names adds the names that existing dashboards and autoscalers read."""
+
+    def __init__(self, model_name: str, read_bandwidth: float, with_vllm_names: bool) -> None:
+        self.registry = CollectorRegistry()
+        self._read_bandwidth = read_bandwidth
+        self._last = EngineStats()
+        self._model_name = model_name
+        self.steps = self._counter("nibble_engine_steps_total", "Steps computed")
+        self.prompt_tokens = self._counter("nibble_prefill_tokens_total", "Prompt tokens computed")
+        self.generated_tokens = self._counter("nibble_decode_tokens_total", "Tokens generated")
+        self.preemptions = self._counter("nibble_preemptions_total", "Sequences preempted for want of KV blocks")
+        self.nonfinite = self._counter("nibble_nonfinite_logits_total", "Requests ended by NaN or Inf logits")
+        self.recovered = self._counter("nibble_recovered_requests_total", "Requests taken over from another worker")
+        self.fenced = self._counter("nibble_fenced_appends_total", "Appends refused because the request moved on")
+        self.bandwidth_utilization = self._gauge(
+            "nibble_bandwidth_utilization_ratio",
+            "Bytes the last step had to read / its time / the device's measured read bandwidth",
+        )
+        self.step_seconds = self._histogram("nibble_engine_step_seconds", "Time of one step", _STEP_BUCKETS)
+        self._running = [self._gauge("nibble_running_sequences", "Sequences that have KV blocks")]
+        self._waiting = [self._gauge("nibble_waiting_sequences", "Sequences waiting inside the engine")]
+        self._kv_usage = [self._gauge("nibble_kv_cache_usage_ratio", "Share of the KV blocks in use")]
+        self._queue = [self._histogram("nibble_request_queue_seconds", "Submit to first scheduled", _QUEUE_BUCKETS)]
+        if with_vllm_names:
+            self._running.append(self._gauge("vllm:num_requests_running", "As nibble_running_sequences"))
+            self._waiting.append(self._gauge("vllm:num_requests_waiting", "As nibble_waiting_sequences"))
+            self._kv_usage.append(self._gauge("vllm:kv_cache_usage_perc", "As nibble_kv_cache_usage_ratio"))
+            self._queue.append(
+                self._histogram("vllm:request_queue_time_seconds", "As nibble_request_queue_seconds", _QUEUE_BUCKETS)
+            )
+
+    def serve(self, host: str, port: int) -> None:
+        """Answer GET /metrics in a background thread. Raises OSError where the port is taken."""
+        start_http_server(port, host, self.registry)
+
+    def observe_step(self, stats: EngineStats) -> None:
+        """Take over the engine's numbers after a step, or while idle."""
+        last = self._last
+        self.steps.inc(stats.num_steps - last.num_steps)
+        self.prompt_tokens.inc(stats.num_prompt_tokens - last.num_prompt_tokens)
+        self.generated_tokens.inc(stats.num_generated_tokens - last.num_generated_tokens)
+        self.preemptions.inc(stats.num_preemptions - last.num_preemptions)
+        self.nonfinite.inc(stats.num_nonfinite_logits - last.num_nonfinite_logits)
+        if stats.num_steps > last.num_steps and stats.step_s > 0:
+            self.step_seconds.observe(stats.step_s)
+            self.bandwidth_utilization.set(stats.step_bytes / stats.step_s / self._read_bandwidth)
+        for gauges, value in (
+            (self._running, stats.num_running),
+            (self._waiting, stats.num_waiting),
+            (self._kv_usage, stats.kv_cache_usage),
+        ):
+            for gauge in gauges:
+                gauge.set(value)
+        self._last = EngineStats(**vars(stats))
+
+    def observe_request(self, metrics: RequestMetrics) -> None:
+        for histogram in self._queue:
+            histogram.observe(metrics.queue_s)
+
+    def _counter(self, name: str, help_text: str) -> Counter:
+        return Counter(name, help_text, ("model_name",), registry=self.registry).labels(self._model_name)
+
+    def _gauge(self, name: str, help_text: str) -> Gauge:
+        return Gauge(name, help_text, ("model_name",), registry=self.registry).labels(self._model_name)
+
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(name, help_text, ("model_name",), registry=self.registry, buckets=buckets)
+        return histogram.labels(self._model_name)
