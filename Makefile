@@ -1,0 +1,73 @@
+# The commands of this repository. `make serve` needs Linux and Python 3.11 or newer, nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+SERVE_LOCKS := requirements/cpu.txt $(if $(filter-out 0,$(HAS_GPU)),requirements/cuda.txt)
+PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --no-emit-index-url \
+	--no-emit-find-links --strip-extras --allow-unsafe --build-deps-for editable
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help serve chat bench install dev check format test lock clean
+
+help: ## Show the commands
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+serve: $(VENV)/serve.stamp ## Serve a model (MODEL=file.gguf or directory, PORT=8000; default: the demo model)
+	@exec $(BIN)/nibble serve $(if $(MODEL),--model '$(MODEL)') $(if $(PORT),--port '$(PORT)') $(ARGS)
+
+chat: $(VENV)/serve.stamp ## Chat with the running service in the terminal
+	@exec $(BIN)/nibble chat $(if $(PORT),--url 'http://127.0.0.1:$(PORT)') $(ARGS)
+
+bench: $(VENV)/dev.stamp ## Measure the engine beside transformers and llama.cpp on this machine
+	@exec $(BIN)/nibble bench $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+install: $(VENV)/serve.stamp ## Install what `make serve` needs, without starting it
+
+dev: $(VENV)/dev.stamp ## Install what `make check` and `make test` need
+
+check: $(VENV)/dev.stamp ## Formatting, lint, types, direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+format: $(VENV)/dev.stamp ## Format the code and apply the safe lint fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(VENV)/dev.stamp ## The whole test suite that needs no GPU
+	$(BIN)/python -m pytest $(ARGS)
+
+lock: $(VENV)/dev.stamp ## Resolve pyproject.toml anew into requirements/*.txt
+	$(PIP_COMPILE) $(UPGRADE) -o requirements/dev.txt --extra gateway --extra worker-cpu --extra local --extra dev pyproject.toml
+	$(PIP_COMPILE) $(UPGRADE) -o requirements/cpu.txt -c requirements/dev.txt --extra gateway --extra worker-cpu --extra local pyproject.toml
+	$(PIP_COMPILE) $(UPGRADE) -o requirements/cuda.txt -c requirements/dev.txt --extra gateway --extra worker-cuda --extra local pyproject.toml
+	@# A CPU build of torch resolves to `2.13.0+cpu`, which only PyTorch's own index has; `==2.13.0` accepts it and any other build.
+	sed -i 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements/*.txt
+	@! grep -n '^nvidia-\|^triton' requirements/cpu.txt requirements/dev.txt || \
+		{ echo 'make lock: resolved against the CUDA build of torch; let pip find its CPU build first' >&2; exit 1; }
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, '$(PYTHON)' is not; name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "Could not make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+# A stamp newer than the locks and pyproject.toml means: nothing to install.
+$(VENV)/serve.stamp: $(SERVE_LOCKS) pyproject.toml | $(BIN)/python
+	@echo 'Installing Nibble into $(VENV) (once; torch is the large part) ...'
+	@$(PIP) install $(addprefix -r ,$(SERVE_LOCKS))
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: requirements/dev.txt $(VENV)/serve.stamp
+	@echo 'Installing the development tools into $(VENV) (once) ...'
+	@$(PIP) install -r requirements/dev.txt
+	@touch $@
