@@ -1,0 +1,210 @@
+"""The whole decoder against `transformers` running the same dequantised weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from tiny_models import make_tiny_llama
+
+from nibble.engine.block_manager import num_blocks_for
+from nibble.engine.checkpoint.native import load_checkpoint
+from nibble.engine.llm_engine import EngineLimits, LLMEngine
+from nibble.engine.model import DecoderModel, ForwardBatch
+from nibble.engine.protocol import GenerationRequest, SamplingParams
+from nibble.kernels.cpu.backend import CPUKernels
+from nibble.kernels.interface import AttentionBatch, Mode
+from nibble.kernels.layout import BLOCK_SIZE, KVDtype, KVLayout
+
+Logits = npt.NDArray[np.float32]
+
+TEXT = (
+    "The lighthouse keeper wrote in his journal every evening. On the third of March 1921 he noted that the wind came "
+    "from the north-west, that 17 ships had passed, and that the lamp needed 2.5 litres of oil. He did not write about "
+    "his daughter, who had left for the city in spring. def main():\n    for i in range(10):\n        print(i * i)\n"
+    "When the fog lifted the sea lay grey and quiet; gulls sat on the rocks. «Morgen», sagte er, "
+    "«kommt das Boot.» 東京は今日も雨です。 He filled the lamp, trimmed the wick, climbed the 112 steps and waited."
+)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> CPUKernels:
+    return CPUKernels()
+
+
+def all_logits(
+    directory: Path, kernels: CPUKernels, ids: list[int], kv_dtype: KVDtype, mode: Mode, chunks: list[int]
+) -> Logits:
+    """Logits of every position, computed in chunks over a KV cache whose blocks are in a shuffled order."""
+    checkpoint = load_checkpoint(directory)
+    config = checkpoint.config
+    layout = KVLayout(config.num_kv_heads, config.head_dim, kv_dtype)
+    model = DecoderModel(config, kernels, checkpoint, layout)
+    num_blocks = num_blocks_for(len(ids)) + 2
+    table = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
+    kv_cache = kernels.zeros((config.num_layers, num_blocks, config.num_kv_heads, layout.head_block_bytes), np.uint8)
+    logits, start = [], 0
+    for size in chunks:
+        positions = np.arange(start, min(start + size, len(ids)), dtype=np.int32)
+        batch = ForwardBatch(
+            ids=np.array(ids, np.int32)[positions],
+            positions=positions,
+            slots=table[positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE,
+            last_rows=np.arange(len(positions), dtype=np.int32),
+            attention=AttentionBatch(
+                query_starts=np.array([0, len(positions)], np.int32),
+                context_lens=np.array([start + len(positions)], np.int32),
+                block_tables=table[None],
+            ),
+            mode=mode,
+        )
+        logits.append(kernels.to_host(model.forward(batch, kv_cache)).copy())
+        start += len(positions)
+    assert start == len(ids)
+    return np.concatenate(logits)
+
+
+def transformers_logits(model: torch.nn.Module, ids: list[int]) -> Logits:
+    with torch.inference_mode():
+        logits: Logits = model(torch.tensor([ids])).logits[0].float().numpy()
+    return logits
+
+
+def kl_divergence(reference: Logits, logits: Logits) -> npt.NDArray[np.float64]:
+    """KL(softmax(reference) || softmax(logits)) per position, in nats."""
+
+    def log_softmax(x: Logits) -> npt.NDArray[np.float64]:
+        x64 = x.astype(np.float64)
+        x64 -= x64.max(-1, keepdims=True)
+        return x64 - np.log(np.exp(x64).sum(-1, keepdims=True))
+
+    p, q = log_softmax(reference), log_softmax(logits)
+    divergence: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
+    return divergence
+
+
+@pytest.mark.parametrize("mode", [Mode.DECODE, Mode.PREFILL])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "tied", "group_size"),
+    [(9, 3, 64, True, 32), (4, 4, 64, False, 64), (8, 1, 128, True, 128), (5, 5, 96, False, 32)],
+)
+def test_tiny_llama_gives_the_logits_of_transformers(
+    tmp_path: Path, kernels: CPUKernels, num_heads: int, num_kv_heads: int, head_dim: int, tied: bool,
+    group_size: int, mode: Mode,
+) -> None:  # fmt: skip
+    reference = make_tiny_llama(
+        tmp_path,
+        hidden_size=128 if group_size == 128 else 192,
+        num_layers=2,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=256,
+        vocab_size=500,
+        tied=tied,
+        group_size=group_size,
+        seed=num_heads,
+    )
+    ids = np.random.default_rng(1).integers(0, 500, 150).tolist()
+    expected = transformers_logits(reference, ids)
+    logits = all_logits(tmp_path, kernels, ids, KVDtype.FP16, mode, [70, 1, 1, 78])
+    # DECODE: weights are the same numbers and sums are fp32, so what is left is the fp16 rounding of keys and values
+    # (2^-11 relative). PREFILL: activations are rounded to bf16 (2^-9 relative) before each of the 4 products a layer.
+    tolerance = (1e-3 if mode is Mode.DECODE else 1e-2) * np.abs(expected).max()
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def demo(demo_checkpoint: Path, demo_reference: torch.nn.Module) -> tuple[list[int], Logits]:
+    """Token ids of TEXT and the reference's logits."""
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(demo_checkpoint / "tokenizer.json")).encode(TEXT).ids
+    assert len(ids) >= 200
+    return ids, transformers_logits(demo_reference, ids)
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "mode", "max_error", "mean_kl"),
+    [
+        # logits of this model span about -15..25; errors seen are a third of these bounds or less
+        (KVDtype.FP16, Mode.DECODE, 0.05, 1e-6),
+        (KVDtype.FP16, Mode.PREFILL, 0.6, 5e-4),
+        (KVDtype.INT8, Mode.DECODE, 1.0, 2e-3),
+        (KVDtype.INT8, Mode.PREFILL, 1.0, 2e-3),
+    ],
+)
+def test_demo_model_gives_the_logits_of_transformers(
+    demo_checkpoint: Path, kernels: CPUKernels, demo: tuple[list[int], Logits],
+    kv_dtype: KVDtype, mode: Mode, max_error: float, mean_kl: float,
+) -> None:  # fmt: skip
+    ids, expected = demo
+    logits = all_logits(demo_checkpoint, kernels, ids, kv_dtype, mode, [100, 1, 7, len(ids)])
+    assert np.abs(logits - expected).max() < max_error
+    assert kl_divergence(expected, logits).mean() < mean_kl
+
+
+def generate(engine: LLMEngine, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    outputs: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    for i, prompt in enumerate(prompts):
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        engine.add(GenerationRequest(request_id=str(i), prompt_token_ids=prompt, sampling=sampling, arrival_s=float(i)))
+    while engine.has_unfinished:
+        for event in engine.step():
+            outputs[event.request_id] += event.token_ids
+    return list(outputs.values())
+
+
+def make_engine(directory: Path, kernels: CPUKernels, kv_dtype: KVDtype = KVDtype.INT8, **limits: int) -> LLMEngine:
+    return LLMEngine.from_checkpoint(
+        directory, kernels, EngineLimits(**{"kv_cache_bytes": 64 << 20, **limits}, kv_dtype=kv_dtype)
+    )
+
+
+@pytest.mark.parametrize(("kv_dtype", "near_tie"), [(KVDtype.FP16, 0.05), (KVDtype.INT8, 0.6)])
+def test_greedy_tokens_are_those_of_transformers_but_for_near_ties(
+    demo_checkpoint: Path, kernels: CPUKernels, demo: tuple[list[int], Logits], demo_reference: torch.nn.Module,
+    kv_dtype: KVDtype, near_tie: float,
+) -> None:  # fmt: skip
+    """Where the engine's token is not the reference's first choice, the two lie within the logits' tolerance."""
+    prompt = demo[0][:40]
+    (generated,) = generate(make_engine(demo_checkpoint, kernels, kv_dtype), [prompt], 200)
+    logits = transformers_logits(demo_reference, prompt + generated)[len(prompt) - 1 : -1]
+    chosen = logits[np.arange(len(generated)), generated]
+    assert (logits.max(-1) - chosen).max() < near_tie
+    assert (logits.argmax(-1) == generated).mean() > 0.97
+
+
+def test_greedy_tokens_do_not_depend_on_the_batch_or_on_preemption(
+    demo_checkpoint: Path, kernels: CPUKernels, demo: tuple[list[int], Logits]
+) -> None:
+    """Alone, in a batch of 12 with chunked prompts, and in a KV cache too small for all: the same ids, bit for bit."""
+    prompts = [demo[0][i : i + 5 + 9 * i] for i in range(12)]
+    engine = make_engine(demo_checkpoint, kernels)
+    alone = [generate(engine, [prompt], 40)[0] for prompt in prompts]
+    assert generate(make_engine(demo_checkpoint, kernels, max_num_batched_tokens=64), prompts, 40) == alone
+    scarce = make_engine(demo_checkpoint, kernels, kv_cache_bytes=9 * 64 * 30 * 3 * 136)
+    assert generate(scarce, prompts, 40) == alone
+    assert scarce.stats.num_preemptions > 0
+
+
+def test_a_resumed_request_goes_on_with_the_same_tokens(
+    demo_checkpoint: Path, kernels: CPUKernels, demo: tuple[list[int], Logits]
+) -> None:
+    prompt = demo[0][:70]
+    engine = make_engine(demo_checkpoint, kernels)
+    sampling = SamplingParams(max_tokens=60, temperature=0.9, top_p=0.95, seed=7)
+    outputs = []
+    for num_before in (0, 33):
+        generated = outputs[0][:num_before] if outputs else []
+        request = GenerationRequest(
+            request_id=str(num_before), prompt_token_ids=prompt, sampling=sampling, arrival_s=0.0
+        )
+        engine.add(request, generated)
+        while engine.has_unfinished:
+            generated = [*generated, *(token for event in engine.step() for token in event.token_ids)]
+        outputs.append(generated)
+    assert outputs[1] == outputs[0]
