@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Literal, Self
 
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -37,6 +37,9 @@ KNOWN_VARIABLES = frozenset(
         "NIBBLE_METRICS_HOST",
         "NIBBLE_METRICS_PORT",
         "NIBBLE_VLLM_METRIC_NAMES",
+        # launcher
+        "NIBBLE_CACHE_DIR",
+        "NIBBLE_NUM_WORKERS",
     }
 )
 
@@ -52,14 +55,14 @@ class ProcessSettings(BaseSettings):
 
     redis_url: str = "redis://127.0.0.1:6379/0"
     namespace: str = "nibble"
-    log_level: str = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @classmethod
-    def from_environment(cls) -> Self:
-        """Read the process environment. Raises SettingsError."""
+    def from_environment(cls, **given: Any) -> Self:
+        """Read the process environment; `given` values come before it. Raises SettingsError."""
         check_variable_names(os.environ)
         try:
-            return cls()
+            return cls(**given)
         except ValidationError as error:
             first = error.errors()[0]
             name = PREFIX + ".".join(str(part) for part in first["loc"]).upper()
