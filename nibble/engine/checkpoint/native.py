@@ -1,0 +1,116 @@
+"""The native checkpoint directory: packed weights in one safetensors file that is mapped, not read, at start.
+
+A directory holds `model.safetensors` (tensors of `schema.py`, and in its metadata, under `nibble`, the JSON of
+`schema.Description`), and beside it three files for gateways and for `transformers`: `config.json`, `tokenizer.json`
+and `tokenizer_config.json`, which `tokenizer.py` and `hf_config.py` write. Nothing in it is executed or unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy.typing as npt
+
+from nibble.engine.checkpoint.errors import NativeFormatError
+from nibble.engine.checkpoint.safetensors_file import ALIGNMENT, SafetensorsFile, write_safetensors
+from nibble.engine.checkpoint.schema import FORMAT_VERSION, Description, LinearFormat, TensorSpec, tensor_specs
+from nibble.engine.model_config import ModelConfig
+from nibble.kernels.interface import Int4Weight, Int8Weight
+
+WEIGHTS_FILE = "model.safetensors"
+METADATA_KEY = "nibble"
+
+
+class Checkpoint:
+    """The tensors of one model, as read-only views of a memory map: pages are loaded when they are first touched."""
+
+    def __init__(self, description: Description, file: SafetensorsFile) -> None:
+        self.config: ModelConfig = description.config
+        self._description = description
+        self._file = file
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._file.specs)
+
+    def has(self, name: str) -> bool:
+        return name in self._file.specs
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """One tensor of `schema.py`, not copied and not writable. Raises KeyError for a name that is not there."""
+        return self._file.array(name)
+
+    def linear(self, name: str) -> Int4Weight | Int8Weight:
+        """The matrix of a linear, in whichever of the two formats the checkpoint holds it."""
+        int4 = self._description.int4.get(name)
+        if int4 is not None:
+            return Int4Weight(self.array(name), int4.out_features, int4.in_features, int4.group_size)
+        int8 = self._description.int8[name]
+        return Int8Weight(self.array(f"{name}.values"), self.array(f"{name}.scales"), int8.group_size)
+
+
+def load_checkpoint(directory: Path) -> Checkpoint:
+    """Map a native checkpoint, having checked that every tensor is there, of the right dtype and shape, and aligned.
+
+    Raises NativeFormatError. The weights themselves are not read.
+    """
+    path = directory / WEIGHTS_FILE
+    file = SafetensorsFile(path)
+    description = _read_description(file, path)
+    try:
+        expected = tensor_specs(description)
+    except NativeFormatError as error:
+        raise NativeFormatError(f"{path}: {error}") from None
+    for name, spec in expected.items():
+        _check_tensor(file, name, spec, path)
+    for name in file.specs:
+        if name not in expected:
+            raise NativeFormatError(f"{path}: tensor {name} is not part of this model")
+    return Checkpoint(description, file)
+
+
+def write_checkpoint(
+    directory: Path,
+    config: ModelConfig,
+    arrays: Iterable[tuple[str, npt.NDArray[Any]]],
+    *,
+    int4: Mapping[str, LinearFormat],
+    int8: Mapping[str, LinearFormat],
+) -> None:
+    """Write `model.safetensors` into an existing directory. `arrays` yields each tensor once, in any order.
+
+    Only one tensor need be in memory at a time. Raises NativeFormatError where config and formats do not fit each
+    other, ConversionError where the disk does not hold the file.
+    """
+    description = Description(format_version=FORMAT_VERSION, config=config, int4=dict(int4), int8=dict(int8))
+    metadata = {"format": "nibble", METADATA_KEY: msgspec.json.encode(description).decode()}
+    write_safetensors(directory / WEIGHTS_FILE, tensor_specs(description), metadata, arrays)
+
+
+def _read_description(file: SafetensorsFile, path: Path) -> Description:
+    text = file.metadata.get(METADATA_KEY)
+    if text is None:
+        raise NativeFormatError(f"{path}: the metadata has no {METADATA_KEY!r} entry: not a native checkpoint")
+    try:
+        version = msgspec.json.decode(text, type=dict[str, Any]).get("format_version")
+        if version != FORMAT_VERSION:
+            raise NativeFormatError(
+                f"{path}: native format version {version}, this release reads {FORMAT_VERSION}: convert the model again"
+            )
+        return msgspec.json.decode(text, type=Description)
+    except msgspec.DecodeError as error:
+        raise NativeFormatError(f"{path}: the metadata's {METADATA_KEY!r} entry: {error}") from None
+
+
+def _check_tensor(file: SafetensorsFile, name: str, expected: TensorSpec, path: Path) -> None:
+    found = file.specs.get(name)
+    wanted = f"expected {expected.dtype} {list(expected.shape)}"
+    if found is None:
+        raise NativeFormatError(f"{path}: tensor {name} is missing, {wanted}")
+    if found != expected:
+        raise NativeFormatError(f"{path}: tensor {name} is {found.dtype} {list(found.shape)}, {wanted}")
+    if file.array(name).ctypes.data % ALIGNMENT:
+        raise NativeFormatError(f"{path}: tensor {name} does not begin on a multiple of {ALIGNMENT} bytes")
