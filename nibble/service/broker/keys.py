@@ -1,0 +1,65 @@
+"""The keys of one deployment in Redis: the one place that documents them. scripts/common.lua builds the same names.
+
+All keys begin with the namespace in braces, a hash tag, so that a Redis cluster keeps a deployment in one slot:
+
+    {nibble}:queue                  zset   request ids waiting for a worker; score = priority * 2^40 + arrival number
+    {nibble}:suspects               zset   the same for requests one crash short of quarantine (see common.lua)
+    {nibble}:suspect_of             hash   worker -> the suspect it was given last
+    {nibble}:leases                 zset   worker -> expiry of its lease, Unix ms of the server's clock
+    {nibble}:workers                hash   worker -> WorkerInfo (msgpack)
+    {nibble}:worker:<worker>        hash   request id leased to it -> "<attempt>:<gateway>,<gateway>..."
+    {nibble}:dropped:<worker>       set    request ids that it must free; told by its next exchange
+    {nibble}:wake                   list   one element per wake-up for any idle worker
+    {nibble}:wake:<worker>          list   one element per wake-up for this worker
+    {nibble}:deadlines              zset   unfinished request ids with a deadline -> Unix ms
+    {nibble}:arrivals               string counter behind the queue's scores
+    {nibble}:rate                   hash   decayed count of finished requests: the measured service rate
+    {nibble}:counters               hash   recovered, fenced, quarantined, expired since the last exchange
+    {nibble}:request:<request>      string GenerationRequest (msgpack), immutable
+    {nibble}:tokens:<request>       string the token log: uint32 little endian, appended
+    {nibble}:state:<request>        hash   status (queued, running, finished), attempt, crashes, worker, gateways,
+                                           score, nonce, deadline_ms, max_attempts, log_ttl_ms, final (TokenEvent)
+    {nibble}:events:<gateway>       pub/sub channel (wire.py)
+
+A worker's lease covers all its requests: renewing it is one write, however many they are. `<worker>` is
+"<worker_id>#<random>": a restarted process never mistakes its predecessor's requests for its own. The request, tokens
+and state keys of a finished request expire after log_ttl_ms; everything else goes with its owner.
+"""
+
+from __future__ import annotations
+
+
+class Keys:
+    """Names of one namespace."""
+
+    def __init__(self, namespace: str) -> None:
+        if not namespace or any(character in namespace for character in "{}: "):
+            raise ValueError(f"namespace {namespace!r} is empty or has one of '{{}}: '")
+        self.root = f"{{{namespace}}}"
+        self.queue = f"{self.root}:queue"
+        self.suspects = f"{self.root}:suspects"
+        self.leases = f"{self.root}:leases"
+        self.workers = f"{self.root}:workers"
+        self.wake = f"{self.root}:wake"
+        self.deadlines = f"{self.root}:deadlines"
+
+    def wake_worker(self, worker: str) -> str:
+        return f"{self.wake}:{worker}"
+
+    def worker(self, worker: str) -> str:
+        return f"{self.root}:worker:{worker}"
+
+    def dropped(self, worker: str) -> str:
+        return f"{self.root}:dropped:{worker}"
+
+    def request(self, request_id: str) -> str:
+        return f"{self.root}:request:{request_id}"
+
+    def tokens(self, request_id: str) -> str:
+        return f"{self.root}:tokens:{request_id}"
+
+    def state(self, request_id: str) -> str:
+        return f"{self.root}:state:{request_id}"
+
+    def events(self, gateway_id: str) -> str:
+        return f"{self.root}:events:{gateway_id}"

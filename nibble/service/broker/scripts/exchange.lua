@@ -1,0 +1,220 @@
+-- One worker's round trip per engine step.
+-- ARGV: worker, worker_id, info, lease_ms, capacity, is_first, num_events, num_final, num_known (-1: not sent), then
+--   num_events times: id, attempt, index, packed tokens, encoded TokenEvent; the num_final last ones are final;
+--   num_known times: id, attempt of what the worker holds once these events are in (sent to resynchronise).
+-- Returns {must_resync, dropped ids, request and attempt and tokens of each assignment, counters}.
+
+local worker, worker_id, info, lease_ms, capacity = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local is_first, num_events, num_final, num_known = ARGV[6] == '1', tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
+local NUM_HEADER, NUM_PER_EVENT = 9, 5
+local MAX_UNPACK = 2000  -- Lua's stack ends at 8000
+
+local held = key('worker', worker)
+local dropped, dropped_set, assignments = {}, {}, {}
+
+local function drop(id)
+  if not dropped_set[id] then
+    dropped_set[id] = true
+    dropped[#dropped + 1] = id
+  end
+end
+
+-- The lease first: a worker that is late but was not missed by anyone just goes on.
+local function renew()
+  if is_first then  -- a worker of this name that is still there is a process that this one replaces
+    for _, other in ipairs(redis.call('ZRANGE', leases, 0, -1)) do
+      if other ~= worker and string.sub(other, 1, #worker_id + 1) == worker_id .. '#' then
+        forget_worker(other, true)
+      end
+    end
+  end
+  redis.call('HSET', workers, worker, info)
+  return redis.call('ZADD', leases, now + lease_ms, worker) == 1 and not is_first
+end
+
+-- What this worker holds under each event's id: "<attempt>:<gateways>" or false.
+local function read_fences()
+  local fences = {}
+  for first = 1, num_events, MAX_UNPACK do
+    local ids = {}
+    for i = first, math.min(first + MAX_UNPACK - 1, num_events) do
+      ids[#ids + 1] = ARGV[NUM_HEADER + (i - 1) * NUM_PER_EVENT + 1]
+    end
+    for i, fence in ipairs(redis.call('HMGET', held, unpack(ids))) do
+      fences[first + i - 1] = fence
+    end
+  end
+  return fences
+end
+
+-- Not ours (any more). Counted as fenced when another attempt has begun; otherwise the request was aborted or lost, or
+-- this is the repeat of a final event whose reply was lost.
+local function refuse(id, attempt)
+  local current = redis.call('HGET', key('state', id), 'attempt')
+  if current and tonumber(current) > tonumber(attempt) then
+    count('fenced', 1)
+  end
+  drop(id)
+end
+
+-- The log did not end at `index` when `packed` was appended. True if it now ends right: a repeat of what it has already
+-- (a lost reply) or of a part of it. False after a gap, which leaves the log as it was.
+local function repair(tokens, index, packed, length)
+  local before = length - #packed
+  local log = redis.call('GETRANGE', tokens, 0, -1)
+  local overlap = before - index * 4
+  if overlap < 0 then
+    packed = ''
+  else
+    packed = string.sub(packed, overlap + 1)
+  end
+  if before + #packed == 0 then
+    redis.call('DEL', tokens)
+  else
+    redis.call('SET', tokens, string.sub(log, 1, before) .. packed)
+  end
+  return overlap >= 0
+end
+
+local function append(id, index, packed)
+  local tokens = key('tokens', id)
+  if #packed == 0 then
+    return redis.call('STRLEN', tokens) >= index * 4
+  end
+  local length = redis.call('APPEND', tokens, packed)
+  return length == index * 4 + #packed or repair(tokens, index, packed, length)
+end
+
+local function record_events()
+  local fences = read_fences()
+  local gone = {}
+  for i = 1, num_events do
+    local at = NUM_HEADER + (i - 1) * NUM_PER_EVENT
+    local id, head = ARGV[at + 1], ARGV[at + 2] .. ':'
+    local fence = not gone[id] and fences[i]
+    if not fence or string.sub(fence, 1, #head) ~= head then
+      refuse(id, ARGV[at + 2])
+    elseif not append(id, ARGV[at + 3], ARGV[at + 4]) then
+      -- Tokens are missing: this server lost its last writes. Some worker generates them again.
+      gone[id] = true
+      redis.call('HDEL', held, id)
+      requeue(id, true)
+      drop(id)
+    else
+      if i > num_events - num_final then
+        gone[id] = true
+        close_log(id, ARGV[at + 5])
+      end
+      tell(string.sub(fence, #head + 1), ARGV[at + 5])
+    end
+  end
+end
+
+local function measure_rate()
+  local fields = redis.call('HMGET', rate, 'weight', 'at_ms', 'first_ms')
+  local weight = fields[1] and fields[1] * math.exp(-(now - fields[2]) / RATE_WINDOW_MS) or 0
+  redis.call('HSET', rate, 'weight', weight + num_final, 'at_ms', now, 'first_ms', fields[3] or now)
+end
+
+local function read_dropped()
+  local ids = redis.call('SMEMBERS', key('dropped', worker))
+  if #ids > 0 then
+    redis.call('DEL', key('dropped', worker), key('wake', worker))
+  end
+  for _, id in ipairs(ids) do
+    drop(id)
+  end
+end
+
+local function send(id, attempt)
+  assignments[#assignments + 1] = redis.call('GET', key('request', id))
+  assignments[#assignments + 1] = attempt
+  assignments[#assignments + 1] = redis.call('GET', key('tokens', id)) or ''
+end
+
+-- After a lost reply or a restart, on either side: assigns again what the worker does not know that it holds, drops
+-- what it does not hold.
+local function resynchronise()
+  local known = {}
+  for i = 0, num_known - 1 do
+    local at = NUM_HEADER + num_events * NUM_PER_EVENT + i * 2
+    known[ARGV[at + 1]] = ARGV[at + 2]
+  end
+  local fences = redis.call('HGETALL', held)
+  for i = 1, #fences, 2 do
+    local id, attempt = fences[i], string.match(fences[i + 1], '^%d+')
+    if known[id] ~= attempt then
+      send(id, attempt)
+    end
+    known[id] = known[id] ~= attempt and known[id] or nil
+  end
+  for id in pairs(known) do
+    drop(id)
+  end
+end
+
+local function assign(id)
+  local state = key('state', id)
+  local fields = redis.call('HMGET', state, 'attempt', 'gateways')
+  redis.call('HSET', state, 'status', 'running', 'worker', worker)
+  redis.call('HSET', held, id, fields[1] .. ':' .. fields[2])
+  send(id, fields[1])
+end
+
+local function fetch_suspect()
+  local last = redis.call('HGET', suspect_of, worker)
+  if last and redis.call('HEXISTS', held, last) == 1 then
+    return 0
+  end
+  local popped = redis.call('ZPOPMIN', suspects)
+  if #popped == 0 then
+    return 0
+  end
+  redis.call('HSET', suspect_of, worker, popped[1])
+  assign(popped[1])
+  return 1
+end
+
+local function fetch()
+  if redis.call('EXISTS', suspects) == 1 then
+    capacity = capacity - fetch_suspect()
+  end
+  if capacity > 0 then
+    local popped = redis.call('ZPOPMIN', queue, capacity)
+    for i = 1, #popped, 2 do
+      assign(popped[i])
+    end
+  end
+end
+
+-- Leaves one wake-up behind if there is still work (this worker may have taken the one meant for another), none if not.
+local function settle_wakeups()
+  if redis.call('EXISTS', queue, suspects) == 0 then
+    redis.call('DEL', wakeups)
+  elseif redis.call('EXISTS', wakeups) == 0 then
+    wake_any()
+  end
+end
+
+local must_resync = renew()
+sweep()
+if num_events > 0 then
+  record_events()
+end
+if num_final > 0 then
+  measure_rate()
+end
+read_dropped()
+if num_known >= 0 then
+  resynchronise()
+end
+if capacity > 0 then
+  fetch()
+end
+settle_wakeups()
+publish_all()
+local counted = redis.call('HGETALL', counters)
+if #counted > 0 then
+  redis.call('DEL', counters)
+end
+return {must_resync and 1 or 0, dropped, assignments, counted}

@@ -1,0 +1,68 @@
+-- Admits a request and puts it into the queue, or restores one that a gateway holds and this server has lost.
+-- ARGV: id, request, gateway, nonce, priority, deadline_ms or '', log_ttl_ms, max_attempts, max_queued, needs_worker,
+--       attempt and tokens of a restored request ('' and '' for a new one).
+-- Returns {'ok'}, {'duplicate'}, {'queue_full', queued, retry_after_ms} or {'no_worker', 0, retry_after_ms}.
+
+local id, request, gateway, nonce, priority, deadline_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local log_ttl_ms, max_attempts, max_queued, needs_worker = ARGV[7], ARGV[8], tonumber(ARGV[9]), ARGV[10] == '1'
+local is_restore, attempt, tokens = ARGV[11] ~= '', ARGV[11], ARGV[12]
+
+local ARRIVALS_PER_PRIORITY = 1099511627776  -- 2^40; with priorities within +-4096 scores stay exact doubles
+local UNKNOWN_RETRY_MS, MIN_RETRY_MS, MAX_RETRY_MS = 5000, 1000, 60000
+
+-- The time to serve half of what waits, so that the queue has room and has not run dry when the client returns.
+local function retry_after_ms(queued)
+  local fields = redis.call('HMGET', rate, 'weight', 'at_ms', 'first_ms')
+  if not fields[1] then
+    return UNKNOWN_RETRY_MS
+  end
+  local weight = fields[1] * math.exp(-(now - fields[2]) / RATE_WINDOW_MS)
+  local window_ms = RATE_WINDOW_MS * (1 - math.exp(-math.max(now - fields[3], 1000) / RATE_WINDOW_MS))
+  local served_per_ms = weight / window_ms
+  return math.floor(math.min(MAX_RETRY_MS, math.max(MIN_RETRY_MS, queued / 2 / served_per_ms)))
+end
+
+local function merge_restored()
+  local known = redis.call('HMGET', key('state', id), 'status')
+  if known[1] == 'queued' and #tokens > redis.call('STRLEN', key('tokens', id)) then
+    redis.call('SET', key('tokens', id), tokens)
+  end
+  watch(id, gateway)
+  return {'ok'}
+end
+
+local function refusal()
+  local queued = redis.call('ZCARD', queue) + redis.call('ZCARD', suspects)
+  if needs_worker and redis.call('ZCOUNT', leases, '(' .. now, '+inf') == 0 then
+    return {'no_worker', 0, UNKNOWN_RETRY_MS}
+  end
+  if queued >= max_queued then
+    return {'queue_full', queued, retry_after_ms(queued)}
+  end
+end
+
+local known = redis.call('HGET', key('state', id), 'nonce')
+if known and is_restore then
+  return merge_restored()
+elseif known then
+  return {known == nonce and 'ok' or 'duplicate'}  -- the same nonce: a repeat after a lost reply
+end
+local refused = not is_restore and refusal()
+if refused then
+  return refused
+end
+
+local score = priority * ARRIVALS_PER_PRIORITY + redis.call('INCR', ns .. ':arrivals')
+redis.call('SET', key('request', id), request)
+if #tokens > 0 then
+  redis.call('SET', key('tokens', id), tokens)
+end
+redis.call('HSET', key('state', id), 'status', 'queued', 'attempt', is_restore and attempt or 1, 'crashes', 0,
+  'worker', '', 'gateways', gateway, 'score', score, 'nonce', nonce, 'deadline_ms', deadline_ms,
+  'max_attempts', max_attempts, 'log_ttl_ms', log_ttl_ms)
+redis.call('ZADD', queue, score, id)
+if deadline_ms ~= '' then
+  redis.call('ZADD', deadlines, deadline_ms, id)
+end
+wake_any()
+return {'ok'}
