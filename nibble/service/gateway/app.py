@@ -1,0 +1,102 @@
+"""The ASGI application of the gateway: routes, error answers, and the layers around them (pure ASGI, all of them).
+
+Boundary (request id, counting, 500) -> ApiKeyMiddleware -> FastAPI (routes; ApiError -> JSON)
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from nibble.service.broker.gateway_side import GatewayBroker
+from nibble.service.gateway.auth import ApiKeyMiddleware
+from nibble.service.gateway.boundary import Boundary
+from nibble.service.gateway.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, ServerFault
+from nibble.service.gateway.gateway import Gateway, nibble_version
+from nibble.service.gateway.metrics import GatewayMetrics
+from nibble.service.gateway.routes import chat_completions, models, operations
+from nibble.service.gateway.routes.body import SCHEMA_REF
+from nibble.service.gateway.schema.chat import ChatCompletionRequest
+from nibble.service.gateway.served_model import load_served_model
+from nibble.service.gateway.settings import GatewaySettings
+
+_BODIES = (ChatCompletionRequest,)
+
+
+def create_gateway(settings: GatewaySettings) -> Gateway:
+    """Read the model's files; nothing is connected yet. Raises ModelFilesError, UnsupportedDecoder."""
+    model = load_served_model(settings.model_dir, settings.model_name)
+    broker = GatewayBroker(
+        settings.redis_url,
+        settings.gateway_id,
+        namespace=settings.namespace,
+        max_queued=settings.max_queued_requests,
+        needs_worker=settings.needs_worker,
+        no_worker_timeout_s=settings.no_worker_timeout_s,
+        max_attempts=settings.max_attempts,
+        log_ttl_s=settings.log_ttl_s,
+    )
+    metrics = GatewayMetrics(model.name, vllm_names=settings.vllm_metric_names)
+    return Gateway(settings, model, broker, metrics)
+
+
+def create_app(gateway: Gateway) -> ASGIApp:
+    """The application. Its lifespan connects the broker and closes it."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await gateway.broker.start()
+        try:
+            yield
+        finally:
+            await gateway.broker.close()
+
+    app = FastAPI(title="Nibble", version=nibble_version(), lifespan=lifespan, redoc_url=None)
+    app.state.gateway = gateway
+    app.include_router(chat_completions.router)
+    app.include_router(models.router)
+    app.include_router(operations.router)
+    app.add_exception_handler(ApiError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(Exception, _answer_error)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way to extend it
+    settings = gateway.settings
+    keyed = ApiKeyMiddleware(app, api_keys=settings.api_keys, metrics_public=settings.metrics_public)
+    return Boundary(keyed, gateway.metrics.responses)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    """OpenAI's shape for our own errors, for the framework's (unknown URL, wrong method), and for bugs."""
+    answer = error if isinstance(error, ApiError) else _from_framework(request, error)
+    headers = {**answer.headers, **(getattr(error, "headers", None) or {})}
+    return Response(answer.body(), answer.status, headers, "application/json")
+
+
+def _from_framework(request: Request, error: Exception) -> ApiError:
+    if not isinstance(error, HTTPException):
+        return ServerFault("internal error; the log of the gateway has its cause")  # Boundary logs it
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return NotFound(f"unknown URL: {where}", code="unknown_url")
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        return MethodNotAllowed(f"method not allowed: {where}")
+    return InvalidRequest(str(error.detail))
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document, and the schemas of the bodies that routes validate themselves."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        _, definitions = models_json_schema([(model, "validation") for model in _BODIES], ref_template=SCHEMA_REF)
+        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        app.openapi_schema = document
+    return app.openapi_schema

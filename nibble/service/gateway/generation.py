@@ -1,0 +1,238 @@
+"""One client request in flight: its choices' token streams, merged into one sequence of deltas.
+
+Both kinds of answer are made of these deltas: `completion.py` encodes each, or folds them all. Whatever happens,
+`close` is called once: it aborts what still runs, so that no worker generates for nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nibble.engine.protocol import FinishReason, TokenEvent
+from nibble.service.broker.errors import BrokerError
+from nibble.service.broker.token_stream import TokenStream
+from nibble.service.gateway.chat import ChatPlan
+from nibble.service.gateway.choice import Choice
+from nibble.service.gateway.errors import ApiError, Cancelled, DeadlineExceeded, ServerFault, from_broker
+from nibble.service.gateway.gateway import Gateway
+
+logger = logging.getLogger(__name__)
+
+
+class Delta(NamedTuple):
+    """What is new of one choice; finish_reason on its last delta alone. num_tokens: of this choice so far."""
+
+    choice: int
+    text: str
+    finish_reason: str | None
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one request. Cached ones are part of the prompt's."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+    def openai_json(self) -> dict[str, object]:
+        """OpenAI's usage object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": 0},
+        }
+
+
+class Generation:
+    """Made by `start`. When `interrupted` is set, the client is told that error and `deltas` is left."""
+
+    def __init__(self, plan: ChatPlan, gateway: Gateway) -> None:
+        self.plan = plan
+        self.choices = [Choice(plan, gateway.model.make_detokenizer(plan.skip_special_tokens)) for _ in plan.requests]
+        self.interrupted: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
+        self._gateway = gateway
+        self._streams: list[TokenStream] = []
+        self._timers: list[asyncio.TimerHandle] = []
+        self._ttft_s: float | None = None
+        self._last_token_s = [0.0] * len(plan.requests)
+
+    @classmethod
+    async def start(cls, plan: ChatPlan, gateway: Gateway) -> Generation:
+        """Submit all choices, or none. Raises ApiError."""
+        generation = cls(plan, gateway)
+        try:
+            for request in plan.requests:
+                generation._streams.append(await gateway.broker.submit(request))
+        except BrokerError as error:
+            await generation._abort_unfinished()
+            raise from_broker(error) from error
+        except asyncio.CancelledError:
+            await asyncio.shield(generation._abort_unfinished())
+            raise
+        gateway.in_flight.add(generation)
+        gateway.metrics.num_waiting += 1
+        generation._start_timers()
+        return generation
+
+    def deltas(self) -> AsyncIterator[Delta]:
+        """Every choice ends with a delta that has a finish_reason. Raises ApiError if one fails."""
+        return self._choice_deltas(0) if len(self._streams) == 1 else self._merged_deltas()
+
+    def interrupt(self, error: ApiError) -> None:
+        """End the answer with this error, unless it is ending already."""
+        if not self.interrupted.done():
+            self.interrupted.set_result(error)
+
+    def usage(self) -> Usage:
+        """What was generated so far. The prompt counts once, however many choices there are."""
+        return Usage(
+            prompt_tokens=self.plan.prompt_tokens,
+            cached_tokens=max((choice.metrics.cached_tokens for choice in self.choices if choice.metrics), default=0),
+            completion_tokens=sum(choice.num_tokens for choice in self.choices),
+        )
+
+    async def close(self, error: ApiError | None = None) -> None:
+        """Abort what still runs, count and log. Called once, with what the client was told if it was an error."""
+        for timer in self._timers:
+            timer.cancel()
+        self._gateway.in_flight.discard(self)
+        self._count(error)
+        await asyncio.shield(self._abort_unfinished())
+
+    async def _choice_deltas(self, index: int) -> AsyncIterator[Delta]:
+        choice = self.choices[index]
+        try:
+            async for event in self._streams[index]:
+                text = self._push(index, event)
+                reason = choice.finish_reason
+                if reason is FinishReason.ERROR or reason is FinishReason.ABORT:
+                    if text:
+                        yield Delta(index, text, None, choice.num_tokens)
+                    raise self._failure(event, reason)
+                if text or reason is not None:
+                    yield Delta(index, text, reason, choice.num_tokens)
+                if reason is not None:
+                    break
+            assert choice.finish_reason is not None, f"{self.plan.request_id}: the stream ended without a last event"
+        except BrokerError as error:
+            raise from_broker(error) from error
+        if not choice.is_stream_done:
+            await self._abort(index, FinishReason.STOP)
+
+    async def _merged_deltas(self) -> AsyncIterator[Delta]:
+        queue: asyncio.Queue[Delta | asyncio.Task[None]] = asyncio.Queue()
+
+        async def pump(index: int) -> None:
+            async for delta in self._choice_deltas(index):
+                queue.put_nowait(delta)
+
+        tasks = [asyncio.create_task(pump(index)) for index in range(len(self._streams))]
+        for task in tasks:
+            task.add_done_callback(queue.put_nowait)
+        num_open = len(tasks)
+        try:
+            while num_open:
+                item = await queue.get()
+                if isinstance(item, asyncio.Task):
+                    item.result()
+                    num_open -= 1
+                else:
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _push(self, index: int, event: TokenEvent) -> str:
+        choice = self.choices[index]
+        before = choice.num_tokens
+        text = choice.push(event)
+        if num_new := choice.num_tokens - before:
+            now_s = time.monotonic()
+            if before:
+                metrics = self._gateway.metrics
+                metrics.inter_token_s.observe((now_s - self._last_token_s[index]) / num_new, num_new)
+            elif self._ttft_s is None:
+                self._on_first_token()
+            self._last_token_s[index] = now_s
+        return text
+
+    def _on_first_token(self) -> None:
+        metrics = self._gateway.metrics
+        self._ttft_s = self._age_s()
+        metrics.ttft_s.observe(self._ttft_s)
+        metrics.num_waiting -= 1
+        metrics.num_running += 1
+
+    def _age_s(self) -> float:
+        return time.time() - self.plan.arrival_s
+
+    def _failure(self, event: TokenEvent, reason: FinishReason) -> ApiError:
+        deadline_s = self.plan.requests[0].deadline_s
+        if reason is FinishReason.ABORT:
+            return Cancelled("the request was cancelled")
+        if deadline_s is not None and time.time() >= deadline_s:
+            return DeadlineExceeded("the request did not finish by its deadline")
+        return ServerFault(event.error or "the worker failed the request", code="generation_failed")
+
+    def _start_timers(self) -> None:
+        """The engine ends requests at their deadline; these end the answer also when no engine is there to do it."""
+        loop = asyncio.get_running_loop()
+        if (deadline_s := self.plan.requests[0].deadline_s) is not None:
+            error = DeadlineExceeded("the request did not finish by its deadline")
+            self._timers.append(loop.call_later(deadline_s - time.time(), self.interrupt, error))
+        if self.plan.first_token_by_s is not None:
+            self._timers.append(loop.call_later(self.plan.first_token_by_s - time.time(), self._check_first_token))
+
+    def _check_first_token(self) -> None:
+        if self._ttft_s is None:
+            self.interrupt(DeadlineExceeded("the first token did not come by its deadline"))
+
+    async def _abort_unfinished(self) -> None:
+        for index in range(len(self._streams)):
+            if not self.choices[index].is_stream_done:
+                await self._abort(index, FinishReason.ABORT)
+
+    async def _abort(self, index: int, reason: FinishReason) -> None:
+        self.choices[index].is_stream_done = True
+        stream = self._streams[index]
+        stream.close()
+        try:
+            await self._gateway.broker.abort(stream.request_id, reason)
+        except BrokerError as error:  # the answer is not at fault, and the worker stops at max_tokens
+            logger.warning("request_id=%s abort failed: %s", stream.request_id, error)
+
+    def _count(self, error: ApiError | None) -> None:
+        metrics = self._gateway.metrics
+        duration_s = self._age_s()
+        if self._ttft_s is None:
+            metrics.num_waiting -= 1
+        else:
+            metrics.num_running -= 1
+        unfinished = FinishReason.ABORT if error is None or error.status < 500 else FinishReason.ERROR
+        reasons = [choice.finish_reason or unfinished for choice in self.choices]
+        metrics.finished.update(reasons)
+        metrics.duration_s.observe(duration_s)
+        usage = self.usage()
+        metrics.prompt_tokens += usage.prompt_tokens
+        metrics.cached_tokens += usage.cached_tokens
+        metrics.generation_tokens += usage.completion_tokens
+        logger.info(
+            "request_id=%s status=%d finish_reason=%s prompt_tokens=%d generated_tokens=%d ttft_ms=%s duration_ms=%.0f",
+            self.plan.request_id,
+            error.status if error else 200,
+            ",".join(reasons),
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            "-" if self._ttft_s is None else f"{self._ttft_s * 1e3:.0f}",
+            duration_s * 1e3,
+        )

@@ -1,0 +1,153 @@
+"""ASGI responses that end their generation whatever happens: it fails, the client leaves, a deadline passes, we stop.
+
+They write ASGI messages themselves: per chunk that costs half of what Starlette's StreamingResponse does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from nibble.service.gateway.completion import DONE, KEEP_ALIVE, ChunkEncoder, Identity, fold
+from nibble.service.gateway.errors import ApiError, Cancelled, ServerFault
+from nibble.service.gateway.generation import Generation
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_JSON = "application/json"
+_SSE_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx would collect the events
+}
+
+
+class ClientGone(Cancelled):
+    """Never sent: there is nobody to send it to."""
+
+    code = "client_disconnected"
+
+
+class _GenerationResponse(Response):
+    """Base of both: the generation is closed exactly once, before the end is written."""
+
+    def __init__(self, generation: Generation, identity: Identity, headers: Mapping[str, str]) -> None:
+        super().__init__()
+        self._generation = generation
+        self._identity = identity
+        self._extra_headers = headers
+
+    async def _send_error(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        if not isinstance(error, ClientGone):
+            headers = {**self._extra_headers, **error.headers}
+            await Response(error.body(), error.status, headers, _JSON)(scope, receive, send)
+
+    async def _concluded(self, work: Coroutine[Any, Any, T], watcher: Coroutine[Any, Any, None]) -> T | ApiError:
+        """Run the work until it ends, the client is gone or the generation is interrupted; close the generation."""
+        error: ApiError | None = None
+        try:
+            result = await _until_interrupted(work, watcher, self._generation.interrupted)
+        except ApiError as raised:
+            error = raised
+        except asyncio.CancelledError:
+            error = ServerFault("the gateway was stopped")
+            raise
+        except Exception:  # the ASGI boundary: only here can an answer that has begun be ended properly
+            logger.exception("request_id=%s failed", self._identity.request_id)
+            error = ServerFault("internal error; the log of the gateway has its cause")
+        finally:
+            await self._generation.close(error)
+        return result if error is None else error
+
+
+class CompletionResponse(_GenerationResponse):
+    """The whole answer in one JSON body."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        outcome = await self._concluded(fold(self._generation, self._identity), _until_disconnect(receive))
+        if isinstance(outcome, ApiError):
+            await self._send_error(outcome, scope, receive, send)
+        else:
+            await Response(outcome, 200, self._extra_headers, _JSON)(scope, receive, send)
+
+
+class StreamResponse(_GenerationResponse):
+    """Server-sent events, with a comment after each keep_alive_s of silence."""
+
+    def __init__(
+        self, generation: Generation, identity: Identity, headers: Mapping[str, str], keep_alive_s: float
+    ) -> None:
+        super().__init__(generation, identity, headers)
+        self.init_headers({**_SSE_HEADERS, **headers})
+        self._keep_alive_s = keep_alive_s
+        self._last_sent_s = time.monotonic()
+        self._is_started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        outcome = await self._concluded(self._stream(send), self._keep_alive(receive, send))
+        if not isinstance(outcome, ApiError):
+            await send({"type": "http.response.body", "body": outcome, "more_body": False})
+        elif not self._is_started:
+            await self._send_error(outcome, scope, receive, send)
+        elif not isinstance(outcome, ClientGone):
+            end = b"data: " + outcome.body() + b"\n\n" + DONE
+            await send({"type": "http.response.body", "body": end, "more_body": False})
+
+    async def _stream(self, send: Send) -> bytes:
+        """Send all but the last bytes, which are returned."""
+        generation = self._generation
+        plan = generation.plan
+        encoder = ChunkEncoder(self._identity, len(plan.requests), include_usage=plan.include_usage)
+        self._is_started = True
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        body = encoder.opening()
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._last_sent_s = time.monotonic()
+        async for delta in generation.deltas():
+            await send({"type": "http.response.body", "body": encoder.delta(delta), "more_body": True})
+            self._last_sent_s = time.monotonic()
+        return encoder.closing(generation.usage())
+
+    async def _keep_alive(self, receive: Receive, send: Send) -> None:
+        """Return when the client is gone. A comment falls between two events: each of those is sent whole."""
+        while True:
+            due_s = self._last_sent_s + self._keep_alive_s - time.monotonic()
+            try:
+                await asyncio.wait_for(_until_disconnect(receive), max(due_s, 0))
+                return
+            except TimeoutError:
+                pass
+            if self._is_started and time.monotonic() >= self._last_sent_s + self._keep_alive_s:
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                self._last_sent_s = time.monotonic()
+
+
+async def _until_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _until_interrupted(
+    work: Coroutine[Any, Any, T], watcher: Coroutine[Any, Any, None], interrupted: asyncio.Future[ApiError]
+) -> T:
+    """Return what the work returns. Raises what it raises, what it was interrupted with, or ClientGone."""
+    task, watching = asyncio.create_task(work), asyncio.create_task(watcher)
+    try:
+        await asyncio.wait((task, watching, interrupted), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if interrupted.done():
+            raise interrupted.result()
+        watching.result()
+        raise ClientGone("the client closed the connection")
+    finally:
+        task.cancel()
+        watching.cancel()
+        await asyncio.gather(task, watching, return_exceptions=True)

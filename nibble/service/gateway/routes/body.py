@@ -1,0 +1,41 @@
+"""What routes with a JSON body share: reading it with a limit, and its schema for the OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from nibble.service.gateway.errors import BodyTooLarge
+from nibble.service.gateway.gateway import Gateway
+
+SCHEMA_REF = "#/components/schemas/{model}"
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The Gateway that app.py put into the application's state."""
+    return cast(Gateway, request.app.state.gateway)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Raises BodyTooLarge as soon as the limit is passed, before reading when the client says the length."""
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length) > max_bytes:
+        raise _too_large(f"{length} bytes", max_bytes)
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > max_bytes:
+            raise _too_large(f"more than {max_bytes} bytes", max_bytes)
+    return bytes(body)
+
+
+def _too_large(size: str, max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body has {size}, the limit is {max_bytes}")
+
+
+def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a route that validates its body itself; app.py adds the components it refers to."""
+    schema = {"$ref": SCHEMA_REF.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,0 +1,61 @@
+"""What operators and orchestrators ask: /health, /ready, /metrics, /version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from nibble.service.broker.errors import BrokerError
+from nibble.service.gateway.gateway import Gateway, nibble_version
+from nibble.service.gateway.routes.body import gateway_of
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/health")
+async def health() -> Response:
+    """Whether this process lives; a broken broker or worker is no reason to restart it."""
+    return _json({"status": "ok"})
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """Whether a request sent now would be served; 503 with the reason otherwise."""
+    gateway = gateway_of(request)
+    reason = await _why_not_ready(gateway)
+    if reason is None:
+        return _json({"status": "ready", "model": gateway.model.name})
+    return _json({"status": "not ready", "model": gateway.model.name, "reason": reason}, status=503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus text format."""
+    return Response(gateway_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/version")
+async def version(request: Request) -> Response:
+    """Version of this server and the model it serves."""
+    return _json({"version": nibble_version(), "model": gateway_of(request).model.name})
+
+
+async def _why_not_ready(gateway: Gateway) -> str | None:
+    if gateway.is_draining:
+        return "the gateway is shutting down"
+    try:
+        status = await gateway.broker.status()
+    except BrokerError as error:
+        return f"the broker cannot be reached: {error}"
+    states = [worker.state for worker in status.workers]
+    if "ready" in states:
+        return None
+    return f"no worker is ready: {', '.join(states)}" if states else "no worker is alive"
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")

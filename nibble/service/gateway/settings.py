@@ -1,0 +1,52 @@
+"""Settings of the gateway process."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ByteSize, Field, field_validator
+from pydantic_settings import NoDecode
+
+from nibble.service.settings import ProcessSettings
+
+
+def _default_gateway_id() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+class GatewaySettings(ProcessSettings):
+    """Read once from NIBBLE_ variables in `__main__`.
+
+    model_name: what clients call the model, the directory's name by default. api_keys: separated by commas; none means
+    that no key is asked for. metrics_public: /metrics needs no key. default_max_tokens: for requests that set none,
+    which otherwise may fill the context. drain_s: how long running answers may go on after SIGTERM. keep_alive_s: an
+    SSE comment is sent after that much silence, so that proxies keep the connection. needs_worker: refuse requests
+    while no worker is alive; false where workers scale from zero. The last four are those of GatewayBroker.
+    """
+
+    model_dir: Path
+    model_name: str | None = None
+    gateway_id: str = Field(default_factory=_default_gateway_id)
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    api_keys: Annotated[tuple[str, ...], NoDecode] = ()
+    metrics_public: bool = False
+    vllm_metric_names: bool = True
+    max_queued_requests: Annotated[int, Field(ge=1)] = 1024
+    default_max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_body_bytes: ByteSize = ByteSize(8 * 2**20)
+    keep_alive_s: Annotated[float, Field(gt=0)] = 15.0
+    drain_s: Annotated[float, Field(ge=0)] = 30.0
+    needs_worker: bool = True
+    no_worker_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    max_attempts: Annotated[int, Field(ge=1)] = 3
+    log_ttl_s: Annotated[float, Field(gt=0)] = 600.0
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(key.strip() for key in value.split(",") if key.strip()) if isinstance(value, str) else value
