@@ -71,6 +71,10 @@ class EmbeddedValkey:
         assert self._process is not None, "not started"
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -85,9 +89,10 @@ class EmbeddedValkey:
         assert self._process is None, "started already"
         self._directory.mkdir(parents=True, exist_ok=True)
         self._port = self._port or _free_port()
+        binary = self._binary or _bundled_binary()
         is_spawned = threading.Event()
         # PDEATHSIG fires when the *thread* that forked ends: this one lives exactly as long as the server.
-        self._keeper = threading.Thread(target=self._keep, args=(is_spawned,), name="valkey-keeper", daemon=True)
+        self._keeper = threading.Thread(target=self._keep, args=(binary, is_spawned), name="valkey-keeper", daemon=True)
         self._keeper.start()
         is_spawned.wait()
         self._wait_until_ready()
@@ -111,12 +116,15 @@ class EmbeddedValkey:
             self._process.kill()
         self.stop()
 
-    def _keep(self, is_spawned: threading.Event) -> None:
+    def _keep(self, binary: Path, is_spawned: threading.Event) -> None:
         try:
-            binary = str(self._binary or _bundled_binary())
-            command = [sys.executable, "-I", "-S", "-c", _EXEC_WITH_PARENT, str(os.getpid()), binary, "-"]
+            command = [sys.executable, "-I", "-S", "-c", _EXEC_WITH_PARENT, str(os.getpid()), str(binary), "-"]
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # a Ctrl-C in the terminal is for the launcher, which stops this server last
             )
             self._process = process
         finally:
