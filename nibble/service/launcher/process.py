@@ -7,18 +7,23 @@ alone, which then stops its children in order.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
-from collections import deque
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-NUM_KEPT_LINES = 20  # shown when a process fails: enough for an error with the end of its traceback
 _PIPE_BYTES = 1 << 16  # a pipe holds no more, so one read empties that of an ended process
-_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-_libc = ctypes.CDLL(None, use_errno=True)  # loaded here: nothing may be loaded between fork and exec
+
+# Runs in a bare interpreter (10 ms) that then becomes the program: a preexec_fn would run Python between fork and exec
+# of a process that has threads. PR_SET_PDEATHSIG is 1; a parent that died before prctl is noticed by getppid.
+_EXEC_WITH_PARENT = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, {signal.SIGKILL.value})
+if os.getppid() == int(sys.argv[1]):
+    os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class ProcessSpec:
     """What to run. `environment` is the child's whole environment."""
 
     name: str  # shown before its log lines: gateway, worker-1
-    argv: tuple[str, ...]
+    argv: tuple[str, ...]  # argv[0] is a path
     environment: Mapping[str, str]
 
 
@@ -35,24 +40,16 @@ class ChildProcess:
 
     def __init__(self, spec: ProcessSpec) -> None:
         self.spec = spec
-        self.last_lines: deque[str] = deque(maxlen=NUM_KEPT_LINES)
+        self.last_line = ""  # not blank: where a process fails, this mostly says why
         self.is_output_closed = False
         self._rest = b""  # an unfinished line
-        launcher_pid = os.getpid()
-
-        def before_exec() -> None:
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != launcher_pid:  # the launcher died before prctl took effect
-                os._exit(1)
-
         self._popen = subprocess.Popen(
-            spec.argv,
+            [sys.executable, "-I", "-S", "-c", _EXEC_WITH_PARENT, str(os.getpid()), *spec.argv],
             env=dict(spec.environment),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=before_exec,
         )
         assert self._popen.stdout is not None
         self.output_fd = self._popen.stdout.fileno()
@@ -84,7 +81,7 @@ class ChildProcess:
             pieces.append(self._rest)
             self._rest = b""
         lines = [piece.decode(errors="replace").rstrip() for piece in pieces]
-        self.last_lines.extend(lines)
+        self.last_line = next((line for line in reversed(lines) if line), self.last_line)
         return lines
 
     def send(self, signal_number: signal.Signals) -> None:

@@ -1,7 +1,7 @@
 """Runs the launcher's children in one thread: their log lines, their ends, and their restarts with backoff.
 
-One selector waits for output, for signals (through a wakeup descriptor) and for the next restart. There are no other
-threads: PR_SET_PDEATHSIG is tied to the thread that starts a child, and forking with threads around is unsafe.
+One selector waits for output, for signals (through a wakeup descriptor) and for the next restart. Everything happens in
+the main thread, which lives as long as the launcher: PR_SET_PDEATHSIG is tied to the thread that starts a child.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Supervisor:
     def __init__(self, log: Callable[[str, str], None]) -> None:
         self.stop_requested = False
         self.children: list[ChildProcess] = []
-        self._log = log
+        self.log = log
         self._num_interrupts = 0
         self._selector = selectors.DefaultSelector()
         self._wakeup_read, self._wakeup_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -78,16 +78,17 @@ class Supervisor:
             self._forget(child)
         return ended
 
-    def supervise(self) -> None:
-        """Keep every process running until a stop is requested."""
+    def supervise(self, on_tick: Callable[[], None] = lambda: None) -> None:
+        """Keep every process running until a stop is requested. on_tick is called several times a second."""
         while not self.stop_requested:
+            on_tick()
             for child in self.run_once():
                 self._schedule_restart(child)
             now_s = time.monotonic()
             for restart in [r for r in self._restarts if r.at_s <= now_s]:
                 self._restarts.remove(restart)
                 child = self.start(restart.spec)
-                self._log("nibble", f"{child.name} started again (pid {child.pid})")
+                self.log("nibble", f"{child.name} started again (pid {child.pid})")
 
     def stop(self, children: Iterable[ChildProcess], grace_s: float) -> None:
         """SIGTERM, and SIGKILL for those still there after grace_s or a second Ctrl-C. Returns when all have ended."""
@@ -112,7 +113,7 @@ class Supervisor:
     def _kill(self, children: Iterable[ChildProcess]) -> None:
         remaining = list(children)
         for child in remaining:
-            self._log("nibble", f"{child.name} (pid {child.pid}) did not stop in time and is killed")
+            self.log("nibble", f"{child.name} (pid {child.pid}) did not stop in time and is killed")
             child.send(signal.SIGKILL)
         while any(child in self.children for child in remaining):
             self.run_once()
@@ -125,7 +126,7 @@ class Supervisor:
 
     def _pass_on_lines(self, child: ChildProcess) -> None:
         for line in child.read_lines():
-            self._log(child.name, line)
+            self.log(child.name, line)
         if child.is_output_closed:
             self._selector.unregister(child.output_fd)
 
@@ -145,4 +146,4 @@ class Supervisor:
         delay_s = min(MAX_RESTART_S, FIRST_RESTART_S * 2 ** self._num_failures.get(name, 0))
         self._num_failures[name] = self._num_failures.get(name, 0) + 1
         self._restarts.append(_Restart(child.spec, time.monotonic() + delay_s))
-        self._log("nibble", f"{name} (pid {child.pid}) {child.describe_end()}; it starts again in {delay_s:g} s")
+        self.log("nibble", f"{name} (pid {child.pid}) {child.describe_end()}; it starts again in {delay_s:g} s")

@@ -1,0 +1,133 @@
+"""The `nibble` command. Each command imports what it needs when it runs: `nibble chat` loads no launcher.
+
+Exit codes: 0 done, 1 it failed, 2 the command, an option or a NIBBLE_ variable is wrong, 130 interrupted. A failure
+that somebody at the terminal can do something about is one line on stderr, never a traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="nibble",
+    help="An OpenAI-compatible service for 4-bit language models.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", "-m", help="A GGUF file or a native checkpoint directory. Default: a small demo model."),
+]
+
+
+@app.command()
+def serve(
+    model: ModelOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one. [default: 8000]")
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model. [default: its file name]")
+    ] = None,
+    num_workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. [default: 1]")] = None,
+) -> None:
+    """Serve a model on this machine. Options not given come from NIBBLE_ variables."""
+    from nibble.service.launcher.errors import LaunchError
+    from nibble.service.launcher.serve import serve as run_service
+    from nibble.service.launcher.settings import LauncherSettings
+    from nibble.service.settings import SettingsError
+
+    options = {
+        "model_dir": model,
+        "host": host,
+        "port": port,
+        "model_name": model_name,
+        "num_workers": num_workers,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        run_service(LauncherSettings.from_environment(**given))
+    except SettingsError as error:
+        _fail(str(error), exit_code=2)
+    except LaunchError as error:
+        _fail(str(error))
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="Where the service listens.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="The model's name. [default: the service's first]")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, max=2.0, help="0 always takes the likeliest token.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="The longest answer, in tokens.")] = None,
+    api_keys: Annotated[
+        str | None, typer.Option("--api-key", envvar="NIBBLE_API_KEYS", help="The service's API key.", show_envvar=True)
+    ] = None,
+) -> None:
+    """Chat with a running service in the terminal."""
+    from nibble.chat import ChatClient, ChatError, ChatOptions, run_chat
+
+    api_key = (api_keys or "").split(",")[0].strip() or None
+    try:
+        client = ChatClient(url, model, ChatOptions(temperature, max_tokens), api_key)
+        run_chat(client, system)
+    except ChatError as error:
+        _fail(str(error))
+
+
+@app.command()
+def convert(
+    model: Annotated[Path, typer.Argument(help="A GGUF file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The native checkpoint directory to write.")],
+) -> None:
+    """Convert a GGUF file to the native format. `nibble serve` does this by itself and keeps the result."""
+    from rich.console import Console
+
+    from nibble.engine.checkpoint.convert import convert_gguf
+    from nibble.engine.checkpoint.errors import CheckpointError
+    from nibble.service.launcher.model import progress_bar
+
+    try:
+        with progress_bar(Console(stderr=True)) as report:
+            convert_gguf(model, output, report)
+    except (CheckpointError, OSError) as error:
+        _fail(str(error))
+
+
+@app.command("version")
+def print_version() -> None:
+    """Print the version."""
+    try:
+        typer.echo(f"nibble {version('nibble')}")
+    except PackageNotFoundError:
+        typer.echo("nibble, run from a source tree that is not installed")
+
+
+def _fail(message: str, exit_code: int = 1) -> NoReturn:
+    typer.echo(f"nibble: {message}", err=True)
+    raise typer.Exit(exit_code)
+
+
+def main() -> None:
+    """The entry point of the `nibble` script."""
+    try:
+        exit_code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except typer.TyperException as error:
+        typer.echo(f"nibble: {error.format_message()} (nibble --help shows how)", err=True)
+        exit_code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        exit_code = 130
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What the launcher prints once the service is ready: what runs where, and how to call it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nibble.service.broker.gateway_side import GatewayBroker
+from nibble.service.launcher.broker_server import BrokerServer
+from nibble.service.launcher.plan import GATEWAY, Model, Plan
+from nibble.service.launcher.process import ChildProcess
+
+
+@dataclass(frozen=True)
+class Row:
+    """One process. pid None: it was not started here."""
+
+    name: str
+    where: str
+    pid: int | None
+
+
+async def process_rows(plan: Plan, broker: BrokerServer, children: Sequence[ChildProcess]) -> list[Row]:
+    """The gateway, the workers with the device that they told the broker, and the broker's server."""
+    connection = GatewayBroker(broker.url, f"launcher-{os.getpid()}", namespace=plan.settings.namespace)
+    await connection.start()
+    try:
+        devices = {worker.worker_id: worker.device for worker in (await connection.status()).workers}
+    finally:
+        await connection.close()
+    rows = []
+    for child in children:
+        device = devices.get(child.spec.environment.get("NIBBLE_WORKER_ID", ""), "still loading")
+        rows.append(Row(child.name, plan.address.url if child.name == GATEWAY else device, child.pid))
+    return [*rows, Row("valkey", broker.where, broker.pid)]
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process that is not shared with a file: the model's memory map is not counted."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def ready_banner(plan: Plan, model: Model, rows: Sequence[Row], start_s: float) -> str:
+    """Many lines for the terminal."""
+    lines = [f"Nibble is ready after {start_s:.1f} s and serves {model.name}", f"  {'model':<10}{model.directory}"]
+    width = max(len(row.where) for row in rows)
+    for row in rows:
+        line = f"  {row.name:<10}{row.where:<{width}}"
+        if row.pid is not None:
+            line += f"  pid {row.pid:<8}{resident_bytes(row.pid) / 2**20:.0f} MiB"
+        lines.append(line)
+    return "\n".join([*lines, "", *_examples(plan, model), ""])
+
+
+def _examples(plan: Plan, model: Model) -> list[str]:
+    url = plan.address.url + "/v1"
+    key = "YOUR_KEY" if plan.needs_key else "none"
+    authorization = f"    -H 'Authorization: Bearer {key}' \\" if plan.needs_key else None
+    curl = [
+        f"  curl {url}/chat/completions -H 'Content-Type: application/json' \\",
+        authorization,
+        f"""    -d '{{"model": "{model.name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'""",
+    ]
+    python = [
+        "  from openai import OpenAI",
+        f'  client = OpenAI(base_url="{url}", api_key="{key}")',
+        f'  answer = client.chat.completions.create(model="{model.name}",',
+        '      messages=[{"role": "user", "content": "Hello!"}])',
+        "  print(answer.choices[0].message.content)",
+    ]
+    chat = f"  nibble chat --url {plan.address.url}"
+    return [*(line for line in curl if line), "", *python, "", chat, "", "Ctrl-C stops the service."]

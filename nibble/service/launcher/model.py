@@ -1,0 +1,50 @@
+"""From what the user named, or the demo model, to a native checkpoint directory, with progress in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from nibble.engine.checkpoint.errors import CheckpointError
+from nibble.engine.checkpoint.resolve import resolve_checkpoint
+from nibble.service.demo_model import DemoModelError, fetch_demo_model
+from nibble.service.launcher.errors import ModelNotFound
+
+ReportProgress = Callable[[str, float], None]  # what is being done, and the share of it that is done
+
+
+def locate_model(source: Path | None, cache_dir: Path, console: Console) -> tuple[Path, str]:
+    """The native directory of the model and a name for it. Raises ModelNotFound."""
+    try:
+        with progress_bar(console) as report:
+            if source is None:
+                source = fetch_demo_model(cache_dir, report)
+            return resolve_checkpoint(source, cache_dir, report), model_name_of(source)
+    except (CheckpointError, DemoModelError, OSError) as error:
+        raise ModelNotFound(str(error)) from error
+
+
+def model_name_of(source: Path) -> str:
+    """A GGUF file's name without its suffix, a directory's name."""
+    return source.stem if source.suffix == ".gguf" else source.resolve().name
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[ReportProgress]:
+    """A function that draws one bar per kind of work, or prints one line for each where there is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks = {}
+
+        def report(description: str, done: float) -> None:
+            if description not in tasks:
+                tasks[description] = progress.add_task(description, total=1.0)
+                if not console.is_terminal:
+                    console.print(f"{description} ...", highlight=False)
+            progress.update(tasks[description], completed=done)
+
+        yield report
