@@ -1,0 +1,158 @@
+"""The calls a gateway makes to Redis: one method per script, typed in and out. No streams, no tasks, no retries."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import redis.asyncio
+from redis.asyncio.client import PubSub
+from redis.asyncio.retry import Retry
+from redis.exceptions import NoScriptError, RedisError
+
+from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
+from nibble.service.broker import scripts
+from nibble.service.broker.errors import BrokerError, DuplicateRequest, NoWorker, QueueFull, translated
+from nibble.service.broker.keys import Keys
+from nibble.service.broker.wire import (
+    BrokerStatus,
+    decode_event,
+    decode_request,
+    decode_worker_info,
+    encode,
+    pack_tokens,
+    unpack_tokens,
+)
+
+MAX_PRIORITY = 4095  # scores of the queue stay exact (scripts/submit.lua)
+CALL_TIMEOUT_S = 2.0
+_ATTEMPTS_PER_RESTORE = 1 << 20  # attempts of a restored request begin above all earlier ones
+
+
+@dataclass(frozen=True)
+class SubmitPolicy:
+    """What a gateway asks for with each request; see GatewayBroker."""
+
+    max_queued: int
+    needs_worker: bool
+    max_attempts: int
+    log_ttl_s: float
+
+
+@dataclass(frozen=True)
+class LogRead:
+    """What a token log had from a position on: an event with the tokens and, if the request has ended, its end."""
+
+    event: TokenEvent
+    request: GenerationRequest | None
+
+
+class GatewayCalls:
+    """All methods raise BrokerUnavailable after CALL_TIMEOUT_S at the latest."""
+
+    def __init__(self, url: str, gateway_id: str, namespace: str, policy: SubmitPolicy) -> None:
+        self._keys = Keys(namespace)
+        self._gateway_id = gateway_id
+        self._policy = policy
+        self._client = redis.asyncio.Redis.from_url(url, **scripts.client_options(Retry, CALL_TIMEOUT_S))
+
+    @property
+    def channel(self) -> str:
+        return self._keys.events(self._gateway_id)
+
+    def pubsub(self) -> PubSub:
+        return self._client.pubsub()
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def submit(self, request: GenerationRequest, nonce: str) -> None:
+        """A repeat with the same nonce changes nothing. Raises QueueFull, NoWorker, DuplicateRequest."""
+        reply = await self._submit(request, nonce, "", b"")
+        refusal = self._refusal(request.request_id, reply)
+        if refusal is not None:
+            raise refusal
+
+    async def restore(self, request: GenerationRequest, token_ids: list[int], num_restores: int) -> None:
+        """Give a request to a server that lost it, past admission. num_restores >= 1 makes its attempts new."""
+        await self._submit(request, "", num_restores * _ATTEMPTS_PER_RESTORE, pack_tokens(token_ids))
+
+    async def read(self, first_indexes: Mapping[str, int], with_request: bool) -> tuple[int, list[LogRead | None]]:
+        """Read token logs from these positions on and subscribe this gateway to them.
+
+        Returns the number of live workers, and None for each request that is not known.
+        """
+        arguments = [argument for pair in first_indexes.items() for argument in pair]
+        num_workers, entries = await self._call(scripts.READ, self._gateway_id, int(with_request), *arguments)
+        reads = [
+            _log_read(request_id, index, entry) if entry else None
+            for (request_id, index), entry in zip(first_indexes.items(), entries, strict=True)
+        ]
+        return num_workers, reads
+
+    async def abort(self, request_id: str, reason: FinishReason, error: str) -> None:
+        await self._call(scripts.ABORT, request_id, reason.value, error)
+
+    async def status(self) -> BrokerStatus:
+        num_queued, num_running, infos = await self._call(scripts.STATUS)
+        workers = tuple(decode_worker_info(info) for info in infos)
+        return BrokerStatus(num_queued=num_queued, num_running=num_running, workers=workers)
+
+    def _refusal(self, request_id: str, reply: list[Any]) -> BrokerError | None:
+        match reply[0]:
+            case b"ok":
+                return None
+            case b"queue_full":
+                return QueueFull(reply[1], self._policy.max_queued, reply[2] / 1000)
+            case b"no_worker":
+                return NoWorker(reply[2] / 1000)
+            case _:
+                return DuplicateRequest(request_id)
+
+    async def _submit(self, request: GenerationRequest, nonce: str, attempt: int | str, tokens: bytes) -> list[Any]:
+        if abs(request.priority) > MAX_PRIORITY:
+            raise ValueError(f"priority {request.priority} is not within ±{MAX_PRIORITY}")
+        reply: list[Any] = await self._call(
+            scripts.SUBMIT,
+            request.request_id,
+            encode(request),
+            self._gateway_id,
+            nonce,
+            request.priority,
+            "" if request.deadline_s is None else round(request.deadline_s * 1000),
+            max(1, round(self._policy.log_ttl_s * 1000)),
+            self._policy.max_attempts,
+            self._policy.max_queued,
+            int(self._policy.needs_worker),
+            attempt,
+            tokens,
+        )
+        return reply
+
+    async def _call(self, script: scripts.Script, *arguments: str | bytes | int) -> Any:
+        root, client = self._keys.root, cast(Any, self._client)
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                try:
+                    return await client.execute_command("EVALSHA", script.sha, 1, root, *arguments)
+                except NoScriptError:
+                    return await client.execute_command("EVAL", script.source, 1, root, *arguments)
+        except (RedisError, OSError) as error:
+            raise translated(error) from error
+
+
+def _log_read(request_id: str, index: int, entry: list[Any]) -> LogRead:
+    """From an entry of scripts/read.lua."""
+    tokens, final_event, _, request = entry
+    final = decode_event(final_event) if final_event else None
+    event = TokenEvent(
+        request_id=request_id,
+        index=index,
+        token_ids=unpack_tokens(tokens),
+        finish_reason=None if final is None else final.finish_reason,
+        error=None if final is None else final.error,
+        metrics=None if final is None else final.metrics,
+    )
+    return LogRead(event, decode_request(request) if request else None)

@@ -1,0 +1,189 @@
+"""A deterministic model behind the real worker side of the broker, and an integrity check of a deployment's keys.
+
+Token i of a request is a function of its id and i, so any log and any stream can be checked on its own.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import redis
+
+from nibble.engine.protocol import FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from nibble.service.broker.keys import Keys
+from nibble.service.broker.wire import Exchange, WorkerInfo, decode_event, unpack_tokens
+from nibble.service.broker.worker_side import WorkerBroker
+
+
+def token_at(request_id: str, index: int) -> int:
+    return zlib.crc32(f"{request_id}:{index}".encode())  # all 32 bits are used
+
+
+def tokens_of(request_id: str, start: int, stop: int) -> list[int]:
+    return [token_at(request_id, index) for index in range(start, stop)]
+
+
+def make_request(request_id: str, max_tokens: int = 4, **fields: Any) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=[1, 2, 3],
+        sampling=SamplingParams(max_tokens=max_tokens),
+        arrival_s=time.time(),
+        **fields,
+    )
+
+
+class LossyClient:
+    """A redis client whose next calls can be lost before they reach the server, or whose replies can be."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self.lose_next: str | None = None  # "call" | "reply"
+
+    def execute_command(self, *arguments: Any) -> Any:
+        lost, self.lose_next = self.lose_next, None
+        if lost == "call":
+            raise redis.ConnectionError("lost on the way to the server")
+        reply = self._client.execute_command(*arguments)
+        if lost == "reply":
+            raise redis.TimeoutError("lost on the way back")
+        return reply
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+
+class SyntheticWorker:
+    """The worker loop in small: it keeps events until an exchange succeeds, then drops, then adds."""
+
+    def __init__(self, url: str, worker_id: str, namespace: str, **options: Any) -> None:
+        self.broker = WorkerBroker(url, worker_id, namespace=namespace, **options)
+        self.name = self.broker._worker  # its key in the leases
+        self.link = LossyClient(self.broker._client)
+        self.broker._client = self.link  # type: ignore[assignment]
+        self.info = WorkerInfo(worker_id=worker_id, model="synthetic", device="none", state="ready")
+        self.running: dict[str, tuple[GenerationRequest, int]] = {}  # request, tokens generated
+        self.events: list[TokenEvent] = []  # not recorded yet
+
+    def generate(self, request_ids: Iterable[str] | None = None, num_tokens: int = 1) -> None:
+        """One engine step: num_tokens more for each of these (all by default)."""
+        for request_id in list(self.running if request_ids is None else request_ids):
+            request, start = self.running[request_id]
+            stop = min(start + num_tokens, request.sampling.max_tokens)
+            is_last = stop >= request.sampling.max_tokens
+            self.events.append(
+                TokenEvent(
+                    request_id=request_id,
+                    index=start,
+                    token_ids=tokens_of(request_id, start, stop),
+                    finish_reason=FinishReason.LENGTH if is_last else None,
+                )
+            )
+            self.running[request_id] = (request, stop)
+            if is_last:
+                del self.running[request_id]
+
+    def exchange(self, capacity: int = 8) -> Exchange:
+        exchange = self.broker.exchange(self.events, capacity, self.info)
+        self.events = []
+        for request_id in exchange.dropped:
+            self.running.pop(request_id, None)
+        for assignment in exchange.assignments:
+            request_id = assignment.request.request_id
+            assert request_id not in self.running, "assigned twice without a drop"
+            generated = assignment.generated_token_ids
+            assert generated == tokens_of(request_id, 0, len(generated))
+            self.running[request_id] = (assignment.request, len(generated))
+        return exchange
+
+    def step(self, num_tokens: int = 1, capacity: int = 8) -> Exchange:
+        self.generate(num_tokens=num_tokens)
+        return self.exchange(capacity)
+
+    def run_until_idle(self, max_steps: int = 1000) -> None:
+        for _ in range(max_steps):
+            self.step()
+            if not self.running and not self.events:
+                return
+        raise AssertionError("the worker did not become idle")
+
+
+def expire_lease(client: redis.Redis, keys: Keys, worker: str) -> None:
+    """As if the worker had been silent for longer than its lease."""
+    assert client.zadd(keys.leases, {worker: 1}, xx=True, ch=True) == 1, "the worker has no lease"
+
+
+def read_log(client: redis.Redis, keys: Keys, request_id: str) -> list[int]:
+    log = client.get(keys.tokens(request_id))
+    return unpack_tokens(log) if log else []  # type: ignore[arg-type]
+
+
+def check_integrity(client: redis.Redis, namespace: str) -> None:
+    """Every key of the namespace agrees with every other, and every log is what the synthetic model generates."""
+    keys = Keys(namespace)
+    leases = set(names(client.zrange(keys.leases, 0, -1)))
+    queued = set(names(client.zrange(keys.queue, 0, -1)))
+    suspects = set(names(client.zrange(keys.suspects, 0, -1)))
+    deadlines = set(names(client.zrange(keys.deadlines, 0, -1)))
+    assert set(names(client.hkeys(keys.workers))) == leases
+    assert not queued & suspects
+    held = {}
+    for worker in suffixes(client, keys.worker("")):
+        assert worker in leases, f"{worker} holds requests without a lease"
+        for request_id, fence in client.hgetall(keys.worker(worker)).items():
+            assert request_id.decode() not in held, "held by two workers"
+            held[request_id.decode()] = (worker, fence.decode())
+    for kind in (keys.dropped(""), keys.wake_worker("")):
+        assert set(suffixes(client, kind)) <= leases
+    states = {name: client.hgetall(keys.state(name)) for name in suffixes(client, keys.state(""))}
+    for request_id, state in states.items():
+        _check_request(client, keys, request_id, {k.decode(): v for k, v in state.items()}, held, queued | suspects)
+    unfinished = {name for name, state in states.items() if state[b"status"] != b"finished"}
+    assert deadlines <= unfinished
+    assert set(held) | queued | suspects == unfinished
+
+
+def _check_request(
+    client: redis.Redis,
+    keys: Keys,
+    request_id: str,
+    state: dict[str, bytes],
+    held: dict[str, tuple[str, str]],
+    waiting: set[str],
+) -> None:
+    status, worker = state["status"].decode(), state["worker"].decode()
+    log = read_log(client, keys, request_id)
+    assert log == tokens_of(request_id, 0, len(log))
+    assert (request_id in waiting) == (status == "queued")
+    assert (request_id in held) == (status == "running")
+    assert client.exists(keys.request(request_id))
+    if status == "running":
+        fence = f"{state['attempt'].decode()}:{state['gateways'].decode()}"
+        assert held[request_id] == (worker, fence)
+    else:
+        assert worker == ""
+    has_expiry = client.pttl(keys.state(request_id)) > 0
+    assert has_expiry == (status == "finished") == ("final" in state)
+    if status == "finished":
+        assert client.pttl(keys.request(request_id)) > 0
+        assert not log or client.pttl(keys.tokens(request_id)) > 0
+        assert decode_event(state["final"]).finish_reason is not None
+
+
+def names(values: Any) -> list[str]:
+    return [value.decode() for value in values]
+
+
+def suffixes(client: redis.Redis, prefix: str) -> list[str]:
+    return [key.decode().removeprefix(prefix) for key in client.scan_iter(f"{prefix}*", count=1000)]
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    import asyncio
+
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - conditions on another process cannot set an event
+            await asyncio.sleep(0.002)
