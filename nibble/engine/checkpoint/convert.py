@@ -69,6 +69,7 @@ def convert_gguf(path: Path, out_dir: Path, progress: Progress) -> None:
     progress("building the tokenizer", 0.0)
     tokenizer = read_tokenizer(file)
     tokenizer.write(out_dir, config)
+    progress("building the tokenizer", 1.0)
     write_hf_config(out_dir, config)
     write_checkpoint(
         out_dir,

@@ -50,11 +50,9 @@ class SafetensorsFile:
         """Raises NativeFormatError for a file that is not well-formed, or not aligned."""
         self._map = _map_file(path)
         header, data_start = _read_header(self._map, path.name)
-        try:
-            raw_metadata = header.pop("__metadata__", msgspec.Raw(b"{}"))
-            self.metadata = msgspec.json.decode(raw_metadata, type=dict[str, str])
-        except msgspec.DecodeError as error:
-            raise NativeFormatError(f"{path.name}: __metadata__: {error}") from None
+        if data_start % ALIGNMENT:
+            raise NativeFormatError(f"{path.name}: the data begins at byte {data_start}, no multiple of {ALIGNMENT}")
+        self.metadata = _pop_metadata(header, path.name)
         self.specs: dict[str, TensorSpec] = {}
         self._starts: dict[str, int] = {}
         for name, raw in header.items():
@@ -69,6 +67,12 @@ class SafetensorsFile:
         count = math.prod(spec.shape)
         flat = np.frombuffer(self._map, dtype=_DTYPES[spec.dtype], count=count, offset=self._starts[name])
         return flat.reshape(spec.shape)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free-form strings in any safetensors file's header, aligned or not. Raises NativeFormatError."""
+    header, _ = _read_header(_map_file(path), path.name)
+    return _pop_metadata(header, path.name)
 
 
 def write_safetensors(
@@ -141,13 +145,18 @@ def _read_header(data: mmap.mmap, source: str) -> tuple[dict[str, msgspec.Raw], 
     (header_bytes,) = struct.unpack_from("<Q", data, 0)
     if header_bytes > min(MAX_HEADER_BYTES, len(data) - 8):
         raise NativeFormatError(f"{source}: the header of {header_bytes} bytes does not fit the file of {len(data)}")
-    if (8 + header_bytes) % ALIGNMENT:
-        raise NativeFormatError(f"{source}: the data begins at byte {8 + header_bytes}, no multiple of {ALIGNMENT}")
     try:
         header = msgspec.json.decode(data[8 : 8 + header_bytes], type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise NativeFormatError(f"{source}: the header is not valid JSON: {error}") from None
     return header, 8 + header_bytes
+
+
+def _pop_metadata(header: dict[str, msgspec.Raw], source: str) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(header.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise NativeFormatError(f"{source}: __metadata__: {error}") from None
 
 
 def _read_entry(raw: msgspec.Raw, data_bytes: int, reading: str) -> _Entry:

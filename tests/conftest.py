@@ -1,0 +1,34 @@
+"""Fixtures that every test directory may use. The demo model is downloaded once per machine, into the user's cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _silent(stage: str, done: float) -> None:
+    pass
+
+
+@pytest.fixture(scope="session")
+def cache_dir() -> Path:
+    """Where `nibble serve` would keep models."""
+    return Path(os.environ.get("NIBBLE_CACHE_DIR") or Path.home() / ".cache" / "nibble")
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(cache_dir: Path) -> Path:
+    """SmolLM2-135M-Instruct, Q4_1."""
+    from nibble.service.demo_model import fetch_demo_model
+
+    return fetch_demo_model(cache_dir, _silent)
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(demo_gguf: Path, cache_dir: Path) -> Path:
+    """The demo model's native directory."""
+    from nibble.engine.checkpoint.resolve import resolve_checkpoint
+
+    return resolve_checkpoint(demo_gguf, cache_dir, _silent)
