@@ -85,7 +85,7 @@ class StreamResponse(_GenerationResponse):
         self, generation: Generation, identity: Identity, headers: Mapping[str, str], keep_alive_s: float
     ) -> None:
         super().__init__(generation, identity, headers)
-        self.init_headers({**_SSE_HEADERS, **headers})
+        self.raw_headers = [(name.encode(), value.encode()) for name, value in {**_SSE_HEADERS, **headers}.items()]
         self._keep_alive_s = keep_alive_s
         self._last_sent_s = time.monotonic()
         self._is_started = False

@@ -1,0 +1,100 @@
+"""A worker over the real broker whose tokens are a known function of the request, so that answers can be predicted."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from nibble.engine.protocol import FinishReason, GenerationRequest, RequestMetrics, TokenEvent
+from nibble.service.broker.wire import WorkerInfo
+from nibble.service.broker.worker_side import WorkerBroker
+
+CACHED_TOKENS = 2
+Reply = Callable[[GenerationRequest], list[int]]
+
+
+class SyntheticWorker(threading.Thread):
+    """Answers each request with `reply(request)`: as many tokens per step as `tokens_per_step`.
+
+    A reply that is used up goes on with its last token. `gate`: steps are taken only while it is set. A reply may
+    raise ValueError: the request then ends with that error. seen and dropped: what it was given and told to free.
+    """
+
+    def __init__(
+        self, url: str, namespace: str, reply: Reply, *, model: str = "small", tokens_per_step: int = 1
+    ) -> None:
+        super().__init__(daemon=True)
+        self.reply = reply
+        self.tokens_per_step = tokens_per_step
+        self.gate = threading.Event()
+        self.gate.set()
+        self.seen: list[GenerationRequest] = []
+        self.dropped: list[str] = []
+        self.is_ready = threading.Event()
+        self._url, self._namespace, self._model = url, namespace, model
+        self._running: dict[str, tuple[GenerationRequest, list[int], int]] = {}
+        self._must_stop = threading.Event()
+
+    def stop(self) -> None:
+        self._must_stop.set()
+        self.gate.set()
+        self.join(timeout=10)
+
+    def run(self) -> None:
+        broker = WorkerBroker(self._url, "synthetic", namespace=self._namespace)
+        info = WorkerInfo(worker_id="synthetic", model=self._model, device="synthetic", state="ready")
+        events: list[TokenEvent] = []
+        while not self._must_stop.is_set():
+            exchange = broker.exchange(events, 64, info)
+            self.is_ready.set()
+            for request_id in exchange.dropped:
+                self._running.pop(request_id, None)
+                self.dropped.append(request_id)
+            events = []
+            for assignment in exchange.assignments:
+                self.seen.append(assignment.request)
+                try:
+                    tokens = self.reply(assignment.request)
+                except ValueError as error:
+                    events.append(self._error(assignment.request, str(error)))
+                else:
+                    done = len(assignment.generated_token_ids)
+                    self._running[assignment.request.request_id] = (assignment.request, tokens, done)
+            if self.gate.is_set():
+                events += [self._step(*state) for state in list(self._running.values())]
+            if not events:
+                broker.wait(0.05)
+        broker.close()
+
+    def _step(self, request: GenerationRequest, tokens: list[int], done: int) -> TokenEvent:
+        sampling = request.sampling
+        new: list[int] = []
+        reason = None
+        while len(new) < self.tokens_per_step and reason is None:
+            position = done + len(new)
+            new.append(tokens[min(position, len(tokens) - 1)])
+            num_generated = position + 1
+            if new[-1] in sampling.stop_token_ids and num_generated >= sampling.min_tokens:
+                reason = FinishReason.STOP
+            elif num_generated >= sampling.max_tokens:
+                reason = FinishReason.LENGTH
+        self._running[request.request_id] = (request, tokens, done + len(new))
+        metrics = None
+        if reason is not None:
+            del self._running[request.request_id]
+            metrics = RequestMetrics(
+                prompt_tokens=len(request.prompt_token_ids),
+                cached_tokens=CACHED_TOKENS,
+                generated_tokens=done + len(new),
+                queue_s=0.0,
+                prefill_s=0.0,
+                decode_s=0.0,
+            )
+        return TokenEvent(
+            request_id=request.request_id, index=done, token_ids=new, finish_reason=reason, metrics=metrics
+        )
+
+    def _error(self, request: GenerationRequest, message: str) -> TokenEvent:
+        return TokenEvent(
+            request_id=request.request_id, index=0, token_ids=[], finish_reason=FinishReason.ERROR, error=message
+        )
