@@ -1,6 +1,6 @@
 """GGUF's tensor types: their numbers, block sizes and, for those that Nibble converts, dequantisation in numpy.
 
-Every type that llama.cpp writes is known by name and size, so that a file's layout can be checked and an unsupported
+Every type that llama.cpp writes to files is known by name and size, so that a file's layout can be checked and an unsupported
 tensor refused by name; only `DEQUANTIZABLE` ones can be read as numbers. A row of a tensor is a whole number of blocks.
 
 Source: https://github.com/ggml-org/llama.cpp, ggml/src/ggml-common.h (blocks) and gguf-py/gguf/constants.py (numbers).
@@ -38,13 +38,11 @@ GGML_TYPES: dict[int, GGMLType] = {
         (6, "Q5_0", 32, 22),
         (7, "Q5_1", 32, 24),
         (8, "Q8_0", 32, 34),
-        (9, "Q8_1", 32, 36),
         (10, "Q2_K", 256, 84),
         (11, "Q3_K", 256, 110),
         (12, "Q4_K", 256, 144),
         (13, "Q5_K", 256, 176),
         (14, "Q6_K", 256, 210),
-        (15, "Q8_K", 256, 292),
         (16, "IQ2_XXS", 256, 66),
         (17, "IQ2_XS", 256, 74),
         (18, "IQ3_XXS", 256, 98),
@@ -85,7 +83,8 @@ def split_q8_0(blocks: Bytes) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.floa
 def dequantize(data: Bytes, kind: GGMLType) -> Floats:
     """The numbers of `data` uint8 (rows, bytes per row) as new float32 (rows, values per row)."""
     blocks = data.reshape(data.shape[0], -1, kind.block_bytes)
-    return DEQUANTIZABLE[kind.name](blocks).reshape(data.shape[0], -1)
+    with np.errstate(over="ignore", invalid="ignore"):  # a damaged file has infinities, which the caller looks for
+        return DEQUANTIZABLE[kind.name](blocks).reshape(data.shape[0], -1)
 
 
 def _half(blocks: Bytes, offset: int) -> npt.NDArray[np.float16]:
