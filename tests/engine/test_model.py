@@ -26,7 +26,9 @@ TEXT = (
     "from the north-west, that 17 ships had passed, and that the lamp needed 2.5 litres of oil. He did not write about "
     "his daughter, who had left for the city in spring. def main():\n    for i in range(10):\n        print(i * i)\n"
     "When the fog lifted the sea lay grey and quiet; gulls sat on the rocks. «Morgen», sagte er, "
-    "«kommt das Boot.» 東京は今日も雨です。 He filled the lamp, trimmed the wick, climbed the 112 steps and waited."
+    "«kommt das Boot.» 東京は今日も雨です。 He filled the lamp, trimmed the wick, climbed the 112 steps and waited. "
+    "In the morning the boat brought bread, newspapers, a letter with a blue stamp, and the news that the school would "
+    "open again after the summer. The keeper read the letter twice, put it into the drawer, and went up to the lamp."
 )
 
 
