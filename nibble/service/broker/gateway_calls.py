@@ -92,8 +92,9 @@ class GatewayCalls:
         ]
         return num_workers, reads
 
-    async def abort(self, request_id: str, reason: FinishReason, error: str) -> None:
-        await self._call(scripts.ABORT, request_id, reason.value, error)
+    async def abort(self, request_id: str, reason: FinishReason, error: str) -> bool:
+        """True if this ended the request, False if it had ended before or is not known."""
+        return bool(await self._call(scripts.ABORT, request_id, reason.value, error))
 
     async def status(self) -> BrokerStatus:
         num_queued, num_running, infos = await self._call(scripts.STATUS)

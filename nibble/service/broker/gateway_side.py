@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from nibble.engine.protocol import FinishReason, GenerationRequest
 from nibble.service.broker.errors import BrokerUnavailable, DuplicateRequest, UnknownRequest
 from nibble.service.broker.gateway_calls import CALL_TIMEOUT_S, GatewayCalls, SubmitPolicy
-from nibble.service.broker.stream_checker import Patience, StreamChecker
+from nibble.service.broker.stream_checker import Patience, PendingAbort, StreamChecker
 from nibble.service.broker.stream_table import StreamTable
 from nibble.service.broker.token_stream import TokenStream
 from nibble.service.broker.wire import BrokerStatus
@@ -94,7 +94,7 @@ class GatewayBroker:
         except BaseException as error:
             self._streams.remove(stream)
             if isinstance(error, BrokerUnavailable | asyncio.CancelledError):  # it may have been queued
-                self._checker.pending_aborts[request_id] = (FinishReason.ABORT, "")
+                self._checker.pending_aborts[request_id] = PendingAbort(FinishReason.ABORT, num_calls=2)
             raise
         stream.request = request
         return stream
@@ -122,7 +122,7 @@ class GatewayBroker:
         try:
             await self._calls.abort(request_id, reason, "")
         except (BrokerUnavailable, asyncio.CancelledError) as error:
-            self._checker.pending_aborts[request_id] = (reason, "")
+            self._checker.pending_aborts[request_id] = PendingAbort(reason)
             if isinstance(error, asyncio.CancelledError):
                 raise
 

@@ -17,11 +17,13 @@ from nibble.engine.protocol import FinishReason
 from nibble.service.broker.errors import BrokerUnavailable
 from nibble.service.broker.gateway_calls import GatewayCalls
 from nibble.service.broker.stream_table import StreamTable
+from nibble.service.broker.token_stream import NEVER_S
 
 logger = logging.getLogger(__name__)
 
 _READS_PER_CALL = 200  # keeps each call to the server short
 _RETRY_S = 0.1
+_STALE_AFTER_SILENCES = 4  # reads of a silent stream are about one silence apart
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,18 @@ class Patience:
     no_worker_timeout_s: float | None
 
 
+@dataclass
+class PendingAbort:
+    """An abort to be repeated until it got through num_calls times, or ended the request.
+
+    Twice for a submit without a reply: the server may read it from its socket after the first abort.
+    """
+
+    reason: FinishReason
+    error: str = ""
+    num_calls: int = 1
+
+
 class StreamChecker:
     """`run` is a task of its own; `check_soon` and `pending_aborts` are how others hand it work."""
 
@@ -42,8 +56,9 @@ class StreamChecker:
         self._patience = patience
         self._is_asked = asyncio.Event()
         self._unreachable_since_s: float | None = None
-        self._no_worker_since_s: float | None = None
-        self.pending_aborts: dict[str, tuple[FinishReason, str]] = {}  # repeated until they get through
+        self._no_worker_seen_s = NEVER_S  # last read that found none
+        self._no_worker_since_s = NEVER_S  # the first of these reads in a row
+        self.pending_aborts: dict[str, PendingAbort] = {}
 
     def check_soon(self) -> None:
         self._is_asked.set()
@@ -62,14 +77,14 @@ class StreamChecker:
                 await asyncio.sleep(_RETRY_S)
 
     async def _repeat_aborts(self) -> None:
-        for request_id, (reason, error) in list(self.pending_aborts.items()):
-            await self._calls.abort(request_id, reason, error)
-            self.pending_aborts.pop(request_id, None)
+        for request_id, pending in list(self.pending_aborts.items()):
+            has_ended_it = await self._calls.abort(request_id, pending.reason, pending.error)
+            pending.num_calls -= 1
+            if (has_ended_it or pending.num_calls == 0) and self.pending_aborts.get(request_id) is pending:
+                del self.pending_aborts[request_id]
 
     async def _read_silent(self) -> None:
         silent = self._streams.silent(self._patience.silence_s)
-        if not silent:
-            self._no_worker_since_s = None
         for first in range(0, len(silent), _READS_PER_CALL):
             await self._read_logs(silent[first : first + _READS_PER_CALL])
 
@@ -100,10 +115,11 @@ class StreamChecker:
 
     async def _note_num_workers(self, num_workers: int, request_ids: list[str]) -> None:
         timeout_s, now_s = self._patience.no_worker_timeout_s, time.monotonic()
+        seen_before_s, self._no_worker_seen_s = self._no_worker_seen_s, now_s
         if num_workers or timeout_s is None:
-            self._no_worker_since_s = None
-        elif self._no_worker_since_s is None:
-            self._no_worker_since_s = now_s
+            self._no_worker_seen_s = NEVER_S
+        elif now_s - seen_before_s > _STALE_AFTER_SILENCES * self._patience.silence_s:
+            self._no_worker_since_s = now_s  # not seen lately, so streams were heard in between
         elif now_s - self._no_worker_since_s > timeout_s:
             for request_id in request_ids:
                 error = f"no worker was available for {timeout_s:g} s"
@@ -117,5 +133,5 @@ class StreamChecker:
         if now_s - self._unreachable_since_s > self._patience.give_up_s:
             message = f"the broker was not reachable for {self._patience.give_up_s:g} s"
             for stream in self._streams:
-                self.pending_aborts[stream.request_id] = (FinishReason.ERROR, message)
+                self.pending_aborts[stream.request_id] = PendingAbort(FinishReason.ERROR, message)
             self._streams.fail(self._streams, message)

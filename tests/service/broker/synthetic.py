@@ -42,6 +42,7 @@ class LossyClient:
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
         self.lose_next: str | None = None  # "call" | "reply"
+        self.is_open = True
 
     def execute_command(self, *arguments: Any) -> Any:
         lost, self.lose_next = self.lose_next, None
@@ -51,6 +52,10 @@ class LossyClient:
         if lost == "reply":
             raise redis.TimeoutError("lost on the way back")
         return reply
+
+    def close(self) -> None:
+        self.is_open = False
+        self._client.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
