@@ -57,13 +57,15 @@ class WorkerLoop:
         self._stopping = True
 
     def run(self) -> None:
-        """Serve until stopped, then hand unfinished requests back."""
-        try:
-            while not self._stopping:
-                self.run_once()
-            self._exchange(capacity=0, state="draining")
-        finally:
-            self.broker.close()
+        """Serve until stopped, then hand unfinished requests back.
+
+        After an exception they are not handed back: a hand-back does not count as a lost worker, and a request that
+        breaks every worker would go round for ever instead of being given up.
+        """
+        while not self._stopping:
+            self.run_once()
+        self._exchange(capacity=0, state="draining")
+        self.broker.close()
 
     def run_once(self) -> None:
         """One exchange and, if there is anything to compute, one step."""
