@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import signal
 import socket
 import sys
 
@@ -66,7 +67,10 @@ def main() -> int:
     with listener:
         host, port = listener.getsockname()[:2]
         logger.info("listening on http://%s:%d model=%s", host, port, gateway.model.name)
-        GatewayServer(config, gateway).run(sockets=[listener])
+        server = GatewayServer(config, gateway)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, server.handle_exit)  # uvicorn raises the signal again in the end: it must not kill us
+        server.run(sockets=[listener])
     return 0
 
 

@@ -138,8 +138,8 @@ def from_broker(error: BrokerError) -> ApiError:
 
 
 def from_validation(error: ValidationError) -> InvalidRequest:
-    """The first fault of a request body, named as the client wrote it."""
-    first = error.errors(include_url=False)[0]
+    """The first field at fault, named as the client wrote it."""
+    first = _most_telling(error.errors(include_url=False))
     if first["type"] == "json_invalid":
         return InvalidRequest(f"the body is not valid JSON: {first['ctx']['error']}")
     param = field_path(first["loc"]) or None
@@ -164,6 +164,13 @@ def shown(value: object) -> str:
 
 
 _UNION_BRANCH = re.compile(r"str|int|float|bool|(list|dict|constrained-\w+|function-\w+)(\[.*\])?")
+
+
+def _most_telling(errors: Sequence[ErrorDetails]) -> ErrorDetails:
+    """Of the first field's errors (one or more for each branch of a union) the deepest, and not one of a wrong type."""
+    path = field_path(errors[0]["loc"])
+    same = [error for error in errors if field_path(error["loc"]).startswith(path)]
+    return max(same, key=lambda error: (len(field_path(error["loc"])), not error["type"].endswith("_type")))
 
 
 def _reason(error: ErrorDetails) -> str:

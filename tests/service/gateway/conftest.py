@@ -8,6 +8,7 @@ import re
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,12 +61,6 @@ class RunningGateway:
 
 
 @pytest.fixture(scope="session")
-def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with EmbeddedValkey(tmp_path_factory.mktemp("valkey")) as server:
-        yield server.url
-
-
-@pytest.fixture(scope="session")
 def byte_level() -> Tokenizer:
     return byte_level_tokenizer()
 
@@ -86,22 +81,24 @@ def served_model(model_dir: Path) -> ServedModel:
 
 
 @pytest.fixture(scope="session")
-def run_gateway(valkey_url: str, model_dir: Path) -> Callable[..., Any]:
+def run_gateway(valkey: EmbeddedValkey, model_dir: Path) -> Callable[..., Any]:
     """`with run_gateway(api_keys=...) as running:` a gateway of its own, for tests that need other settings."""
 
     @contextmanager
     def run(*, has_worker: bool = True, namespace: str | None = None, **options: Any) -> Iterator[RunningGateway]:
         namespace = namespace or f"test-{secrets.token_hex(4)}"
-        values = {"redis_url": valkey_url, "model_dir": model_dir, "drain_s": 5.0, **options}
+        values = {"redis_url": valkey.url, "model_dir": model_dir, "drain_s": 5.0, **options}
         gateway = create_gateway(GatewaySettings(namespace=namespace, **values))
         worker = SyntheticWorker(values["redis_url"], namespace, echo(gateway.model))
         if has_worker:
             worker.start()
             assert worker.is_ready.wait(10)
-        with _serving(gateway) as url:
-            yield RunningGateway(url, gateway, worker, gateway.model.tokenizer)
-        if has_worker:
-            worker.stop()
+        try:
+            with _serving(gateway) as url:
+                yield RunningGateway(url, gateway, worker, gateway.model.tokenizer)
+        finally:
+            if has_worker:
+                worker.stop()
 
     return run
 
@@ -148,10 +145,12 @@ def _serving(gateway: Gateway) -> Iterator[str]:
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         thread = threading.Thread(target=lambda: runner.run(server.serve(sockets=[listener])))
         thread.start()
-        _wait_until_up(server, thread)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(timeout=20)
+        try:
+            _wait_until_up(server, thread)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(timeout=20)
         assert not thread.is_alive(), "the gateway did not stop"
     listener.close()
 
@@ -160,4 +159,13 @@ def _wait_until_up(server: uvicorn.Server, thread: threading.Thread) -> None:
     pause = threading.Event()
     while not server.started:
         assert thread.is_alive(), "the gateway did not start"
+        pause.wait(0.005)
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 10) -> None:
+    """Until a condition holds that another thread brings about."""
+    end_s = time.monotonic() + timeout_s
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < end_s, "it did not happen in time"
         pause.wait(0.005)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Literal
 
 from nibble.engine.protocol import FinishReason, GenerationRequest, RequestMetrics, TokenEvent
 from nibble.service.broker.wire import WorkerInfo
@@ -31,6 +32,7 @@ class SyntheticWorker(threading.Thread):
         self.seen: list[GenerationRequest] = []
         self.dropped: list[str] = []
         self.is_ready = threading.Event()
+        self.state: Literal["loading", "ready", "draining"] = "ready"
         self._url, self._namespace, self._model = url, namespace, model
         self._running: dict[str, tuple[GenerationRequest, list[int], int]] = {}
         self._must_stop = threading.Event()
@@ -42,7 +44,7 @@ class SyntheticWorker(threading.Thread):
 
     def run(self) -> None:
         broker = WorkerBroker(self._url, "synthetic", namespace=self._namespace)
-        info = WorkerInfo(worker_id="synthetic", model=self._model, device="synthetic", state="ready")
+        info = WorkerInfo(worker_id="synthetic", model=self._model, device="synthetic", state=self.state)
         events: list[TokenEvent] = []
         while not self._must_stop.is_set():
             exchange = broker.exchange(events, 64, info)

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import RunningGateway
+from conftest import RunningGateway, wait_for
 from small_models import CONTEXT_LENGTH
 from synthetic_worker import CACHED_TOKENS
 
@@ -40,15 +40,6 @@ def chunks_of(response: httpx.Response) -> list[Any]:
     events = events_of(response)
     assert events[-1] == (None, "[DONE]")
     return [data for _, data in events[:-1]]
-
-
-def wait_for(condition: Callable[[], object], timeout_s: float = 10) -> None:
-    """Until a condition holds that another thread brings about."""
-    end_s = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end_s, "it did not happen in time"
-        pause.wait(0.005)
 
 
 # The shape of answers
