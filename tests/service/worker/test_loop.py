@@ -110,9 +110,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_requests_get_their_tokens(redis_url: str, namespace: str, gateway: GatewayBroker) -> None:
     with running_worker(redis_url, namespace):
-        streams = [await gateway.submit(make_request(f"r{i}", 100 * i + 1, 3 + i)) for i in range(9)]
+        streams = [await gateway.submit(make_request(f"r{i}", 100 * i + 10, 3 + i)) for i in range(9)]
         for i, result in enumerate(await asyncio.gather(*map(collect, streams))):
-            assert result[0] == [100 * i + 1 + k for k in range(3 + i)]
+            assert result[0] == [100 * i + 10 + k for k in range(3 + i)]
             assert result[1].finish_reason is FinishReason.LENGTH
 
 
