@@ -108,18 +108,19 @@ def byte_alphabet() -> list[str]:
 
 
 def add_byte_level_vocabulary(writer: GGUFWriter, pre: str = "llama-bpe") -> int:
-    """Specials, bytes, a user-defined token with spaces, and merges that make the words below."""
-    specials = ["<|begin|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<unk>"]
-    tokens = [*specials, *byte_alphabet(), "<think>", "    "]
-    types = [TokenType.CONTROL] * len(specials) + [TokenType.NORMAL] * 256 + [TokenType.USER_DEFINED] * 2
+    """Specials, bytes, a user-defined token, and merges that reach every token of the words below."""
+    specials = ["<|begin|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"]
+    alphabet = byte_alphabet()
+    tokens = [*specials, *alphabet, "<think>"]
+    types = [TokenType.CONTROL] * len(specials) + [TokenType.NORMAL] * 256 + [TokenType.USER_DEFINED]
     merges = []
-    for word in ("Ġthe", "Ġhello", "hello", "world", "Ġworld", "ing", "12", "123", "ĠĠ", "é", "日本", "ä¸"):
-        spelled = word if word not in ("é", "日本") else "".join(byte_alphabet()[b] for b in word.encode())
-        for end in range(2, len(spelled) + 1):
-            if spelled[:end] not in tokens:
-                tokens.append(spelled[:end])
-                types.append(TokenType.NORMAL)
-                merges.append(f"{spelled[: end - 1]} {spelled[end - 1]}")
+    for word in ("the", "hello", "world", "ing", "123", "  ", "é", "日本", "一", "\n\n"):
+        spelled = "".join(alphabet[byte] for byte in word.encode())
+        merges += [f"{spelled[:end]} {spelled[end]}" for end in range(1, len(spelled))]
+    merges += [f"Ġ {word}" for word in ("the", "hello", "world")]
+    merges = list(dict.fromkeys(merges))
+    tokens += [merge.replace(" ", "") for merge in merges]
+    types += [TokenType.NORMAL] * len(merges)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
