@@ -56,12 +56,13 @@ def _wait_until_ready(supervisor: Supervisor, address: Address) -> bool:
         for child in supervisor.run_once(_READY_POLL_S):
             reason = f": {child.last_line}" if child.last_line else ""
             raise ProcessFailed(f"{child.name} {child.describe_end()} before the service was ready{reason}")
-        if _is_ready(address):
+        if is_ready(address):
             return True
     return False
 
 
-def _is_ready(address: Address) -> bool:
+def is_ready(address: Address) -> bool:
+    """Whether a request sent now would be served."""
     connection = http.client.HTTPConnection(address.local_host, address.port, timeout=_READY_TIMEOUT_S)
     try:
         connection.request("GET", "/ready")

@@ -1,0 +1,61 @@
+"""What a measurement ran on: part of every result, so that no number travels without its machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """load_average is that of the minute before the measurement."""
+
+    cpu: str
+    num_cores: int
+    memory_gib: float
+    python: str
+    packages: dict[str, str]
+    commit: str
+    date: str
+    load_average: float
+
+
+def this_machine(packages: tuple[str, ...]) -> Machine:
+    """Look now. Packages that are not installed are left out."""
+    return Machine(
+        cpu=_first_field(Path("/proc/cpuinfo"), "model name"),
+        num_cores=os.cpu_count() or 1,
+        memory_gib=round(int(_first_field(Path("/proc/meminfo"), "MemTotal").split()[0]) / 2**20, 1),
+        python=platform.python_version(),
+        packages={name: found for name in packages if (found := _version(name))},
+        commit=_commit(),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        load_average=round(os.getloadavg()[0], 2),
+    )
+
+
+def _first_field(path: Path, name: str) -> str:
+    for line in path.read_text().splitlines():
+        field, _, value = line.partition(":")
+        if field.strip() == name:
+            return value.strip()
+    return "unknown"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    """The short hash, with `+` after it where files differ from it; empty outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10"]
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return result.stdout.strip()
