@@ -19,6 +19,7 @@ from nibble.service.gateway.errors import ServerFault
 
 logger = logging.getLogger(__name__)
 
+SERVER_SEND = "nibble.send"  # scope key: the server's own `send`, for body messages that no layer looks at
 _ECHOED = re.compile(r"[\x21-\x7e]{1,128}")  # anything else is not repeated into headers and logs
 
 
@@ -36,6 +37,7 @@ class Boundary:
         sent_id = Headers(scope=scope).get("x-request-id", "")
         request_id = sent_id if _ECHOED.fullmatch(sent_id) else f"req-{secrets.token_hex(16)}"
         is_started = False
+        scope[SERVER_SEND] = send
 
         async def send_with_id(message: Message) -> None:
             nonlocal is_started

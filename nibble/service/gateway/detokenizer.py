@@ -67,14 +67,17 @@ class ByteLevelDetokenizer:
 
     def __init__(self, bytes_of: Mapping[int, bytes]) -> None:
         self._bytes_of = bytes_of
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._tail = b""  # the beginning of a character
 
     def push(self, token_ids: Sequence[int]) -> str:
         bytes_of = self._bytes_of
-        return self._decode(b"".join([bytes_of[token_id] for token_id in token_ids]))
+        data = self._tail + b"".join([bytes_of[token_id] for token_id in token_ids])
+        text, num_decoded = codecs.utf_8_decode(data, "replace", False)
+        self._tail = data[num_decoded:]
+        return text
 
     def flush(self) -> str:
-        return self._decode(b"", True)
+        return codecs.utf_8_decode(self._tail, "replace", True)[0]
 
 
 @dataclass(frozen=True)

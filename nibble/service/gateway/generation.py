@@ -157,14 +157,21 @@ class Generation:
         before = choice.num_tokens
         text = choice.push(event)
         if num_new := choice.num_tokens - before:
-            now_s = time.monotonic()
-            if before:
-                metrics = self._gateway.metrics
-                metrics.inter_token_s.observe((now_s - self._last_token_s[index]) / num_new, num_new)
-            elif self._ttft_s is None:
-                self._on_first_token()
-            self._last_token_s[index] = now_s
+            self._observe_tokens(index, num_new, is_first=before == 0)
         return text
+
+    def _observe_tokens(self, index: int, num_new: int, *, is_first: bool) -> None:
+        """Every token but a choice's first has a gap before it; tokens that came together share the time they took."""
+        now_s = time.monotonic()
+        inter_token_s = self._gateway.metrics.inter_token_s
+        if not is_first:
+            inter_token_s.observe((now_s - self._last_token_s[index]) / num_new, num_new)
+        else:
+            if num_new > 1:
+                inter_token_s.observe(0.0, num_new - 1)
+            if self._ttft_s is None:
+                self._on_first_token()
+        self._last_token_s[index] = now_s
 
     def _on_first_token(self) -> None:
         metrics = self._gateway.metrics
