@@ -1,7 +1,7 @@
 """GGUF's tensor types: their numbers, block sizes and, for those that Nibble converts, dequantisation in numpy.
 
-Every type that llama.cpp writes to files is known by name and size, so that a file's layout can be checked and an unsupported
-tensor refused by name; only `DEQUANTIZABLE` ones can be read as numbers. A row of a tensor is a whole number of blocks.
+Every type that llama.cpp writes to files is known by name and size, so that a file's layout can be checked and an
+unsupported tensor refused by name; only `DEQUANTIZABLE` ones can be read as numbers. A row is a whole number of blocks.
 
 Source: https://github.com/ggml-org/llama.cpp, ggml/src/ggml-common.h (blocks) and gguf-py/gguf/constants.py (numbers).
 """

@@ -6,6 +6,7 @@ rotary frequencies that Hugging Face has no name for (a GGUF file's list of divi
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,17 @@ def write_hf_config(directory: Path, config: ModelConfig) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Raises ConversionError where the disk does not hold it."""
+    """Indented. Raises ConversionError where the disk does not hold it."""
+    write_file(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """On the disk, not only in its cache, when this returns. Raises ConversionError where the disk does not hold it."""
     try:
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise ConversionError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import msgspec
 
-from nibble.engine.checkpoint.errors import ConversionError, GGUFError, UnsupportedModelError
+from nibble.engine.checkpoint.errors import GGUFError, UnsupportedModelError
 from nibble.engine.checkpoint.gguf import GGUFFile
-from nibble.engine.checkpoint.hf_config import write_json
+from nibble.engine.checkpoint.hf_config import write_file, write_json
 from nibble.engine.checkpoint.metadata import Metadata
 from nibble.engine.checkpoint.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from nibble.engine.model_config import ModelConfig
@@ -38,11 +38,7 @@ class Tokenizer:
 
     def write(self, directory: Path, config: ModelConfig) -> None:
         """Raises ConversionError where the disk does not hold it."""
-        path = directory / "tokenizer.json"
-        try:
-            path.write_bytes(msgspec.json.encode(self.tokenizer))
-        except OSError as error:
-            raise ConversionError(f"{path}: cannot be written: {error.strerror}") from error
+        write_file(directory / "tokenizer.json", msgspec.json.encode(self.tokenizer))
         write_json(directory / "tokenizer_config.json", self.config | {"model_max_length": config.max_context_tokens})
 
 
