@@ -97,6 +97,7 @@ def convert(
     from nibble.service.launcher.model import progress_bar
 
     try:
+        output.mkdir(parents=True, exist_ok=True)
         with progress_bar(Console(stderr=True)) as report:
             convert_gguf(model, output, report)
     except (CheckpointError, OSError) as error:
