@@ -1,29 +1,55 @@
-"""The CPU backend, first correct version: plain numpy, slow."""
+"""`Kernels` on the CPU: arrays are NumPy's, ops are compiled by Numba and share one pool of threads.
+
+Weights may be read-only memory maps; they are handed to compiled code by address, so that no op is compiled twice for
+them. Activations are C-contiguous float32. What each op computes is documented in `interface.py`.
+"""
 
 from __future__ import annotations
 
 import os
-import time
+import platform
+import weakref
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from nibble.kernels.cpu import (
+    add_to_logits,
+    append_kv,
+    embedding,
+    gather_rows,
+    int4_linear,
+    int8_linear,
+    paged_attention,
+    read_bandwidth,
+    rms_norm,
+    rope,
+    sample,
+    silu_and_mul,
+)
+from nibble.kernels.cpu.thread_pool import ThreadPool
+from nibble.kernels.cpu.warm_up import warm_up
 from nibble.kernels.interface import Array, AttentionBatch, Int4Weight, Int8Weight, Mode, SamplingBatch
-from nibble.kernels.layout import BLOCK_SIZE, KVDtype, KVLayout
-from nibble.kernels.pack import dequantize_int4
+from nibble.kernels.layout import KVDtype, KVLayout
 
 
 class CPUKernels:
-    """`Kernels` on the CPU. Arrays are numpy."""
+    """`Kernels` on the CPUs this process may use, or on num_threads threads."""
 
     def __init__(self, num_threads: int | None = None) -> None:
-        self.num_threads = num_threads or len(os.sched_getaffinity(0))
-        self._dense: dict[int, tuple[Array, Array]] = {}
+        self.num_threads = num_threads or usable_cpus()
+        self._threads = ThreadPool(self.num_threads)
+        self._pool = self._threads.state
+        self._addresses: dict[int, int] = {}
+
+    def close(self) -> None:
+        """Stop the threads; no op may be called any more."""
+        self._threads.close()
 
     @property
     def device_name(self) -> str:
-        return f"cpu: {self.num_threads} threads"
+        return f"cpu: {_cpu_model()}, {self.num_threads} threads"
 
     def to_device(self, array: npt.NDArray[Any]) -> Array:
         return array
@@ -36,154 +62,130 @@ class CPUKernels:
         return np.zeros(shape, dtype)
 
     def warm_up(self) -> None:
-        pass
+        warm_up(self)
 
     def read_bandwidth(self) -> float:
-        buffer = np.ones(1 << 26, np.uint8)
-        start = time.perf_counter()
-        buffer.view(np.uint64).max()
-        return buffer.nbytes / (time.perf_counter() - start)
+        return read_bandwidth.read_bandwidth(self._pool)
 
     def embedding(self, ids: Array, weight: Int8Weight) -> Array:
-        rows = weight.values[ids].astype(np.float32)
-        return rows * weight.scales[ids].astype(np.float32).repeat(weight.group_size, axis=1)
+        out = np.empty((len(ids), weight.in_features), np.float32)
+        values, scales = self._address(weight.values), self._address(weight.scales)
+        embedding.embedding(ids, values, scales, weight.group_size, out)
+        return out
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight
+        out = np.empty_like(x)
+        rms_norm.rms_norm(self._pool, rms_norm.chunk_function.address, x, self._address(weight), eps, out)
+        return out
 
     def int4_linear(
         self, x: Array, weight: Int4Weight, bias: Array | None = None, residual: Array | None = None, *, mode: Mode
     ) -> Array:
-        if id(weight.packed) not in self._dense:
-            shape = (weight.out_features, weight.in_features, weight.group_size)
-            self._dense[id(weight.packed)] = (weight.packed, dequantize_int4(np.asarray(weight.packed), *shape))
-        return self._linear(x, self._dense[id(weight.packed)][1], bias, residual, mode)
+        assert x.shape[1] == weight.in_features, f"x has {x.shape[1]} columns, the weight {weight.in_features}"
+        out = np.empty((len(x), weight.out_features), np.float32) if residual is None else residual
+        function, packed = int4_linear.chunk_function.address, self._address(weight.packed)
+        bias_address = 0 if bias is None else self._address(bias)
+        int4_linear.int4_gemv(
+            self._pool, function, x, packed, weight.group_size, bias_address, residual is not None, out
+        )
+        return out
 
     def int8_linear(
         self, x: Array, weight: Int8Weight, bias: Array | None = None, residual: Array | None = None, *, mode: Mode
     ) -> Array:
-        if id(weight.values) not in self._dense:
-            w = weight.values.astype(np.float32) * weight.scales.astype(np.float32).repeat(weight.group_size, axis=1)
-            self._dense[id(weight.values)] = (weight.values, w)
-        return self._linear(x, self._dense[id(weight.values)][1], bias, residual, mode)
-
-    def _linear(self, x: Array, w: Array, bias: Array | None, residual: Array | None, mode: Mode) -> Array:
-        if mode is Mode.DECODE:
-            out = np.stack([w @ row for row in x]) if len(x) else np.empty((0, len(w)), np.float32)
-        else:
-            out = x @ w.T
-        if bias is not None:
-            out += bias
-        if residual is None:
-            return out
-        residual += out
-        return residual
+        assert x.shape[1] == weight.in_features, f"x has {x.shape[1]} columns, the weight {weight.in_features}"
+        out = np.empty((len(x), weight.out_features), np.float32) if residual is None else residual
+        values, scales = self._address(weight.values), self._address(weight.scales)
+        bias_address = 0 if bias is None else self._address(bias)
+        function, add = int8_linear.chunk_function.address, residual is not None
+        int8_linear.int8_gemv(self._pool, function, x, values, scales, weight.group_size, bias_address, add, out)
+        return out
 
     def rope_table(self, inverse_frequencies: list[float], num_positions: int, attention_factor: float) -> Array:
-        angles = np.arange(num_positions, dtype=np.float64)[:, None] * np.array(inverse_frequencies, np.float64)
-        return (np.stack((np.cos(angles), np.sin(angles)), axis=1) * attention_factor).astype(np.float32)
+        return rope.rope_table(inverse_frequencies, num_positions, attention_factor)
 
     def rope(self, qkv: Array, positions: Array, table: Array, layout: KVLayout) -> None:
-        half = layout.head_dim // 2
-        heads = qkv.reshape(qkv.shape[0], -1, 2, half)
-        rotated = heads.shape[1] - layout.num_kv_heads
-        cos, sin = table[positions, 0][:, None], table[positions, 1][:, None]
-        first, second = heads[:, :rotated, 0].copy(), heads[:, :rotated, 1].copy()
-        heads[:, :rotated, 0] = first * cos - second * sin
-        heads[:, :rotated, 1] = second * cos + first * sin
+        function = rope.chunk_function.address
+        rope.rope(self._pool, function, qkv, positions, self._address(table), layout.num_kv_heads, layout.head_dim)
 
     def append_kv(self, qkv: Array, slots: Array, kv_cache: Array, layout: KVLayout) -> None:
-        d, num_kv_heads = layout.head_dim, layout.num_kv_heads
-        kv = qkv[:, -2 * num_kv_heads * d :].reshape(len(qkv), 2, num_kv_heads, d)
-        blocks, offsets = slots // BLOCK_SIZE, slots % BLOCK_SIZE
-        shape = (kv_cache.shape[0], num_kv_heads, 2, BLOCK_SIZE)
-        if layout.dtype is KVDtype.FP16:
-            cache = kv_cache.view(np.float16).reshape(*shape, d)
-            cache[blocks, :, :, offsets] = np.clip(kv, -65504, 65504).astype(np.float16).transpose(0, 2, 1, 3)
-            return
-        low, high = kv.min(axis=-1, keepdims=True), kv.max(axis=-1, keepdims=True)
-        zero = np.clip(np.float32(0.5) * low + np.float32(0.5) * high, -65504, 65504).astype(np.float16)
-        scale = np.minimum((high - low) / np.float32(255), 65504).astype(np.float16)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            q = np.clip(np.rint((kv - zero.astype(np.float32)) / scale.astype(np.float32)), -128, 127)
-        q = np.where(scale == 0, 0, q).astype(np.int8).view(np.uint8).transpose(0, 2, 1, 3)
-        parameters = np.concatenate((scale, zero), axis=-1).view(np.uint8).transpose(0, 2, 1, 3)
-        split = 2 * BLOCK_SIZE * d
-        for t, (block, offset) in enumerate(zip(blocks, offsets, strict=True)):
-            kv_cache[block, :, :split].reshape(num_kv_heads, 2, BLOCK_SIZE, d)[:, :, offset] = q[t]
-            kv_cache[block, :, split:].reshape(num_kv_heads, 2, BLOCK_SIZE, 4)[:, :, offset] = parameters[t]
+        function, is_float16 = append_kv.chunk_function.address, layout.dtype is KVDtype.FP16
+        append_kv.append_kv(
+            self._pool, function, qkv, slots, kv_cache, layout.num_kv_heads, layout.head_dim, is_float16
+        )
 
     def paged_attention(
         self, qkv: Array, kv_cache: Array, batch: AttentionBatch, layout: KVLayout, *, mode: Mode
     ) -> Array:
-        d, num_kv_heads = layout.head_dim, layout.num_kv_heads
-        num_heads = qkv.shape[1] // d - 2 * num_kv_heads
-        q = qkv[:, : num_heads * d].reshape(len(qkv), num_kv_heads, -1, d) / np.sqrt(np.float32(d))
-        out = np.empty_like(q)
-        for s, context_len in enumerate(batch.context_lens.tolist()):
-            start, stop = int(batch.query_starts[s]), int(batch.query_starts[s + 1])
-            tokens = _read_kv(kv_cache[batch.block_tables[s, : -(-context_len // BLOCK_SIZE)]], layout)
-            for row in range(start, stop):
-                k, v = tokens[:, :, : context_len - (stop - row) + 1].swapaxes(0, 1)  # (kv head, token, D)
-                scores = q[row] @ k.swapaxes(1, 2)
-                weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-                out[row] = weights @ v / weights.sum(axis=-1, keepdims=True)
-        return out.reshape(len(qkv), -1)
+        kv_columns = 2 * layout.num_kv_heads * layout.head_dim
+        out = np.empty((len(qkv), qkv.shape[1] - kv_columns), np.float32)
+        paged_attention.paged_attention(
+            self._pool,
+            paged_attention.chunk_function.address,
+            qkv,
+            kv_cache,
+            batch.query_starts,
+            batch.context_lens,
+            batch.block_tables,
+            layout.num_kv_heads,
+            layout.head_dim,
+            layout.dtype is KVDtype.FP16,
+            out,
+        )
+        return out
 
     def silu_and_mul(self, gate_up: Array) -> Array:
-        runs = gate_up.reshape(len(gate_up), -1, 2, 8)
-        gate = np.maximum(runs[:, :, 0], np.float32(-80))
-        return (gate / (1 + np.exp(-gate)) * runs[:, :, 1]).reshape(len(gate_up), -1)
+        out = np.empty((len(gate_up), gate_up.shape[1] // 2), np.float32)
+        silu_and_mul.silu_and_mul(self._pool, silu_and_mul.chunk_function.address, gate_up, out)
+        return out
 
     def gather_rows(self, x: Array, rows: Array) -> Array:
-        return x[rows]
+        return gather_rows.gather_rows(x, rows)
 
     def add_to_logits(self, logits: Array, rows: Array, ids: Array, values: Array) -> None:
-        np.add.at(logits, (rows, ids), values)
+        add_to_logits.add_to_logits(logits, rows, ids, values)
 
     def sample(self, logits: Array, batch: SamplingBatch) -> Array:
-        return np.array([_sample_row(row, batch, s) for s, row in enumerate(logits)], np.int32)
+        out = np.empty(len(logits), np.int32)
+        sample.sample(
+            self._pool,
+            sample.chunk_function.address,
+            logits,
+            batch.temperature,
+            batch.top_k,
+            batch.top_p,
+            batch.min_p,
+            batch.seeds,
+            batch.positions,
+            out,
+        )
+        return out
+
+    def _address(self, weight: Array) -> int:
+        """Where a weight's bytes are. Kept per array: asking NumPy takes as long as a small op."""
+        address = self._addresses.get(id(weight))
+        if address is None:
+            assert weight.flags.c_contiguous, "weights must be C-contiguous"
+            address = self._addresses[id(weight)] = int(weight.ctypes.data)
+            weakref.finalize(weight, self._addresses.pop, id(weight), None)
+        return address
 
 
-def _read_kv(blocks: Array, layout: KVLayout) -> Array:
-    d = layout.head_dim
-    shape = (*blocks.shape[:2], 2, BLOCK_SIZE, d)
-    if layout.dtype is KVDtype.FP16:
-        kv = blocks.view(np.float16).astype(np.float32).reshape(shape)
-    else:
-        split = 2 * BLOCK_SIZE * d
-        q = np.ascontiguousarray(blocks[..., :split]).view(np.int8).astype(np.float32).reshape(shape)
-        parameters = np.ascontiguousarray(blocks[..., split:]).view(np.float16).astype(np.float32)
-        parameters = parameters.reshape(*shape[:-1], 2)
-        kv = q * parameters[..., :1] + parameters[..., 1:]
-    return kv.transpose(1, 2, 0, 3, 4).reshape(layout.num_kv_heads, 2, -1, d)
+def usable_cpus() -> int:
+    """CPUs this process may run on, by affinity and by the cgroup's quota."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
 
 
-def _sample_row(row: Array, batch: SamplingBatch, s: int) -> int:
-    if np.isnan(row).any() or not np.isfinite(row).any():
-        return -1
-    if batch.temperature[s] == 0:
-        return int(row.argmax())
-    row = row.astype(np.float64)
-    p = np.exp((row - row.max()) / float(batch.temperature[s]))
-    p /= p.sum()
-    order = np.argsort(-row, kind="stable")
-    if batch.top_k[s] > 0:
-        order = order[: batch.top_k[s]]
-    if batch.top_p[s] < 1:
-        cumulative = np.cumsum(p[order]) / p[order].sum()
-        order = order[: int(np.searchsorted(cumulative, float(batch.top_p[s]))) + 1]
-    order = order[p[order] >= float(batch.min_p[s]) * p.max()]
-    running = np.cumsum(p[order])
-    u = _philox_uniform(int(batch.seeds[s]), int(batch.positions[s]))
-    return int(order[min(int(np.searchsorted(running, u * running[-1], side="right")), len(order) - 1)])
-
-
-def _philox_uniform(seed: int, position: int) -> float:
-    c = [position & 0xFFFFFFFF, position >> 32, 0, 0]
-    k = [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
-        low, high = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
-        c = [high >> 32 ^ c[1] ^ k[0], high & 0xFFFFFFFF, low >> 32 ^ c[3] ^ k[1], low & 0xFFFFFFFF]
-        k = [k[0] + 0x9E3779B9 & 0xFFFFFFFF, k[1] + 0xBB67AE85 & 0xFFFFFFFF]
-    return (c[0] >> 8) / 2**24
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = (line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+            return next(names, platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()

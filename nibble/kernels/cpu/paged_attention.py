@@ -1,0 +1,242 @@
+"""Attention of each query over its sequence's blocks in DECODE mode: split over the context, then combined.
+
+The work is cut into (query row, kv head, split of SPLIT_TOKENS positions). All query heads of a kv head share the
+dequantised keys and values of 16 tokens at a time; softmax is online (Milakov and Gimelshein, 2018) and the splits are
+combined in order ("Flash-Decoding", 2023). Splits lie at fixed positions and every row is computed by itself, so that
+results are batch-invariant bit for bit. Keys, values, softmax and sums are fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray
+from numba.core import types
+from numba.extending import intrinsic
+
+from nibble.kernels.cpu import simd
+from nibble.kernels.cpu.jit import ChunkFunction, inline_jit, kernel_jit
+from nibble.kernels.cpu.simd import F32, F32X16, LANES, VECTOR_BYTES, load_at, vector
+from nibble.kernels.cpu.thread_pool import run_job
+from nibble.kernels.layout import BLOCK_SIZE
+
+SPLIT_TOKENS = 4 * BLOCK_SIZE
+TOKENS = LANES  # tokens whose scores make one vector
+NUM_ARGUMENTS = 16
+PARAMETER_BYTES = 4  # (scale, zero) fp16
+MASKED = np.float32(-3.0e38)  # below every score, and finite: differences stay numbers
+
+
+@intrinsic
+def dot_products(typingctx: Any, sums: Any, q: Any, address: Any, stride: Any) -> Any:
+    """sums[t] + q * the 16 floats at address + t * stride, lane by lane."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        accumulators = simd.unpack_tuple(builder, args[0], len(sums))
+        place = args[2]
+        for t in range(len(sums)):
+            accumulators[t] = simd.call_fma(builder, args[1], load_at(builder, place, F32X16, align=4), accumulators[t])
+            place = builder.add(place, args[3])
+        return context.make_tuple(builder, sums, accumulators)
+
+    return sums(sums, vector, types.intp, types.intp), codegen
+
+
+@intrinsic
+def weighted_sum(typingctx: Any, total: Any, weights: Any, address: Any, stride: Any) -> Any:
+    """total + the sum over 16 tokens of weight t (float32 at weights) times the 16 floats at address + t * stride."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        total, weights, place, stride = args
+        for t in range(TOKENS):
+            weight = simd.splat(builder, load_at(builder, weights, F32, 4 * t))
+            total = simd.call_fma(builder, weight, load_at(builder, place, F32X16, align=4), total)
+            place = builder.add(place, stride)
+        return total
+
+    return vector(vector, types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def mask_from(typingctx: Any, scores: Any, count: Any) -> Any:
+    """scores with lanes count.. replaced by MASKED."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = ir.Constant(ir.VectorType(ir.IntType(64), LANES), list(range(LANES)))
+        first = builder.insert_element(ir.Constant(lanes.type, ir.Undefined), args[1], ir.IntType(32)(0))
+        limit = simd.shuffle(builder, first, first, [0] * LANES)
+        return builder.select(builder.icmp_signed("<", lanes, limit), args[0], simd.splat_f32(float(MASKED)))
+
+    return vector(vector, types.int64), codegen
+
+
+@inline_jit
+def _dequantize(values, parameters, count, head_dim, is_float16, out):
+    """out fp32 (16, D) = `count` tokens of K or V; the others are zero. All addresses."""
+    for t in range(count):
+        if is_float16:
+            for i in range(0, head_dim, LANES):
+                simd.store(out + i * 4, simd.load_float16(values + i * 2))
+            values += head_dim * 2
+        else:
+            scale = simd.broadcast(simd.float16_at(parameters + t * PARAMETER_BYTES))
+            zero = simd.broadcast(simd.float16_at(parameters + t * PARAMETER_BYTES + 2))
+            for i in range(0, head_dim, LANES):
+                simd.store(out + i * 4, simd.fma(simd.load_int8(values + i), scale, zero))
+            values += head_dim
+        out += head_dim * 4
+    for _ in range(0, (TOKENS - count) * head_dim, LANES):
+        simd.store(out, simd.broadcast(np.float32(0)))
+        out += VECTOR_BYTES
+
+
+@inline_jit
+def _attend(q, keys, values, count, group, head_dim, partial):
+    """One query row's `group` heads over 16 dequantised tokens; partial (group, D + 2 lanes) is updated in place.
+
+    A head's partial is its sum of values (D), then largest score and sum of weights, a vector each.
+    """
+    row_bytes = head_dim * 4
+    weights = np.empty(TOKENS, np.float32)
+    for _ in range(group):
+        sums = simd.zeros(TOKENS)
+        for place in range(0, row_bytes, VECTOR_BYTES):
+            sums = dot_products(sums, simd.load(q + place), keys + place, row_bytes)
+        scores = mask_from(simd.sum_all(sums), count)
+        largest = simd.float32_at(partial + row_bytes)
+        total = simd.float32_at(partial + row_bytes + 4)
+        new_largest = max(largest, simd.max_of(scores))
+        p = simd.exp_or_zero(scores - simd.broadcast(new_largest))
+        correction = simd.exp(simd.broadcast(largest - new_largest))
+        simd.store(weights.ctypes.data, p)
+        simd.store_float32(partial + row_bytes, new_largest)
+        simd.store_float32(partial + row_bytes + 4, total * simd.first_of(correction) + simd.sum_of(p))
+        for place in range(0, row_bytes, VECTOR_BYTES):
+            old = simd.load(partial + place) * correction
+            simd.store(partial + place, weighted_sum(old, weights.ctypes.data, values + place, row_bytes))
+        q += row_bytes
+        partial += row_bytes + VECTOR_BYTES
+
+
+@inline_jit
+def _split(a, row, split, head):
+    """One work item: fills its partial."""
+    visible = simd.int32_at(a[3] + row * 4)
+    sequence = simd.int32_at(a[2] + row * 4)
+    group, head_dim, is_float16 = a[7], a[8], a[9]
+    token_bytes = head_dim * 2 if is_float16 else head_dim
+    scaled_q = np.empty(group * head_dim + LANES, np.float32)
+    factor = simd.broadcast(np.float32(1) / np.sqrt(np.float32(head_dim)))
+    q = a[0] + row * a[1] + head * group * head_dim * 4
+    for place in range(0, group * head_dim * 4, VECTOR_BYTES):
+        simd.store(scaled_q.ctypes.data + place, simd.load(q + place) * factor)
+    buffer = np.empty(2 * TOKENS * head_dim + LANES, np.float32)
+    keys = -(-buffer.ctypes.data // VECTOR_BYTES) * VECTOR_BYTES
+    values = keys + TOKENS * head_dim * 4
+    partial = a[13] + ((simd.int64_at(a[12] + row * 8) + split) * a[6] + head) * group * (head_dim * 4 + VECTOR_BYTES)
+    _start(partial, group, head_dim)
+    for token in range(split * SPLIT_TOKENS, min((split + 1) * SPLIT_TOKENS, visible), TOKENS):
+        block = simd.int32_at(a[4] + (sequence * a[5] + token // BLOCK_SIZE) * 4)
+        head_block = a[10] + (block * a[6] + head) * a[11]
+        offset = token % BLOCK_SIZE
+        count = min(TOKENS, visible - token)
+        parameters = head_block + 2 * BLOCK_SIZE * head_dim + offset * PARAMETER_BYTES
+        data = head_block + offset * token_bytes
+        _dequantize(data, parameters, count, head_dim, is_float16, keys)
+        data += BLOCK_SIZE * token_bytes
+        parameters += BLOCK_SIZE * PARAMETER_BYTES
+        _dequantize(data, parameters, count, head_dim, is_float16, values)
+        _attend(scaled_q.ctypes.data, keys, values, count, group, head_dim, partial)
+    simd.keep_alive(scaled_q)
+    simd.keep_alive(buffer)
+
+
+@inline_jit
+def _start(partial, group, head_dim):
+    for _ in range(group):
+        for _ in range(0, head_dim, LANES):
+            simd.store(partial, simd.broadcast(np.float32(0)))
+            partial += VECTOR_BYTES
+        simd.store_float32(partial, MASKED)
+        simd.store_float32(partial + 4, np.float32(0))
+        partial += VECTOR_BYTES
+
+
+@inline_jit
+def _combine(partial, num_splits, split_bytes, head_dim, out):
+    """out (D,) of one row and query head from its splits, in their order."""
+    largest = MASKED
+    for split in range(num_splits):
+        largest = max(largest, simd.float32_at(partial + split * split_bytes + head_dim * 4))
+    total = simd.broadcast(np.float32(0))
+    for place in range(0, head_dim * 4, VECTOR_BYTES):
+        simd.store(out + place, total)
+    for split in range(num_splits):
+        source = partial + split * split_bytes
+        correction = simd.exp(simd.broadcast(simd.float32_at(source + head_dim * 4) - largest))
+        total = simd.fma(simd.broadcast(simd.float32_at(source + head_dim * 4 + 4)), correction, total)
+        for place in range(0, head_dim * 4, VECTOR_BYTES):
+            simd.store(out + place, simd.fma(simd.load(source + place), correction, simd.load(out + place)))
+    for place in range(0, head_dim * 4, VECTOR_BYTES):
+        simd.store(out + place, simd.load(out + place) / total)
+
+
+@inline_jit
+def _chunk(arguments, chunk):
+    a = carray(simd.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
+    item, head = chunk // a[6], chunk % a[6]
+    row = simd.int32_at(a[14] + item * 4)
+    _split(a, row, item - simd.int64_at(a[12] + row * 8), head)
+
+
+@ChunkFunction
+def chunk_function(arguments, chunk):
+    _chunk(arguments, chunk)
+
+
+@inline_jit
+def _rows_of(query_starts, context_lens, row_sequence, row_visible):
+    """Each query row's sequence and number of visible tokens."""
+    for s in range(len(context_lens)):
+        start, stop = query_starts[s], query_starts[s + 1]
+        for row in range(start, stop):
+            row_sequence[row] = s
+            row_visible[row] = context_lens[s] - (stop - row) + 1
+
+
+@kernel_jit
+def paged_attention(
+    pool, function, qkv, kv_cache, query_starts, context_lens, block_tables, num_kv_heads, head_dim, is_float16, out
+):
+    """out (T, num_heads * D); kv_cache uint8 (num_blocks, num_kv_heads, bytes)."""
+    num_rows, num_heads = out.shape[0], out.shape[1] // head_dim
+    row_sequence, row_visible = np.empty(num_rows, np.int32), np.empty(num_rows, np.int32)
+    _rows_of(query_starts, context_lens, row_sequence, row_visible)
+    first_item = np.zeros(num_rows + 1, np.int64)
+    for row in range(num_rows):
+        first_item[row + 1] = first_item[row] + (row_visible[row] + SPLIT_TOKENS - 1) // SPLIT_TOKENS
+    num_items = first_item[num_rows]
+    item_row = np.empty(num_items, np.int32)
+    for row in range(num_rows):
+        item_row[first_item[row] : first_item[row + 1]] = row
+    group = num_heads // num_kv_heads
+    head_bytes = head_dim * 4 + VECTOR_BYTES
+    partials = np.empty(num_items * num_heads * head_bytes, np.uint8)
+    a = np.empty(NUM_ARGUMENTS, np.int64)
+    a[0], a[1], a[2], a[3] = qkv.ctypes.data, qkv.shape[1] * 4, row_sequence.ctypes.data, row_visible.ctypes.data
+    a[4], a[5], a[6], a[7] = block_tables.ctypes.data, block_tables.shape[1], num_kv_heads, group
+    a[8], a[9], a[10], a[11] = head_dim, is_float16, kv_cache.ctypes.data, kv_cache.shape[2]
+    a[12], a[13], a[14] = first_item.ctypes.data, partials.ctypes.data, item_row.ctypes.data
+    run_job(pool, function, a.ctypes.data, num_items * num_kv_heads)
+    for row in range(num_rows):
+        for head in range(num_heads):
+            partial = partials.ctypes.data + (first_item[row] * num_heads + head) * head_bytes
+            num_splits = first_item[row + 1] - first_item[row]
+            target = out.ctypes.data + (row * num_heads + head) * head_dim * 4
+            _combine(partial, num_splits, num_heads * head_bytes, head_dim, target)
+    simd.keep_alive(row_sequence)
+    simd.keep_alive(row_visible)
+    simd.keep_alive(item_row)
+    simd.keep_alive(a)
