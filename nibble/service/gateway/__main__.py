@@ -25,6 +25,7 @@ from nibble.service.settings import SettingsError
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_IDLE_CONNECTION_S = 75  # longer than client pools and proxies keep theirs, so that it is not we who close one in use
 _CLOSING_S = 5  # for the last events to be written after drain_s
 
 
@@ -62,6 +63,8 @@ def main() -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_IDLE_CONNECTION_S,
         timeout_graceful_shutdown=math.ceil(settings.drain_s) + _CLOSING_S,
     )
     with listener:

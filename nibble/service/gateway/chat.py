@@ -112,10 +112,16 @@ def choice_request_id(request_id: str, choice: int) -> str:
 
 async def _prompt_token_ids(request: ChatCompletionRequest, model: ServedModel) -> list[int]:
     messages = [_template_message(message, f"messages[{i}]", model) for i, message in enumerate(request.messages)]
-    num_chars = sum(len(message["content"]) for message in messages)
+    num_chars = sum(_num_chars(message) for message in request.messages)
     if num_chars <= _INLINE_CHARS:
         return _render_and_encode(request, messages, model)
     return await asyncio.to_thread(_render_and_encode, request, messages, model)
+
+
+def _num_chars(message: Message) -> int:
+    texts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content or ()]
+    arguments = [call.function.arguments for call in message.tool_calls or ()]
+    return sum(len(text) for text in [*texts, *arguments] if text)
 
 
 def _render_and_encode(

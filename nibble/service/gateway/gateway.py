@@ -39,7 +39,7 @@ class Gateway:
             status = await self.broker.status()
             devices = sorted({worker.device for worker in status.workers if worker.state == "ready"})
             self._fingerprint = "-".join([f"nibble-{nibble_version()}", self.model.name, *devices[:1]])
-            self._fingerprint_s = now_s
+            self._fingerprint_s = now_s if devices else float("-inf")
         return self._fingerprint
 
     def interrupt_all(self, error: ApiError) -> None:

@@ -89,6 +89,7 @@ def test_body_that_is_not_a_request(running: RunningGateway, body: bytes) -> Non
         ({"stop": ""}, "stop"),
         ({"stop": ["a", ""]}, "stop[1]"),
         ({"stop": 5}, "stop"),
+        ({"stop": "x" * 5000}, "stop"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),

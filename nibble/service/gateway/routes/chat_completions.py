@@ -63,7 +63,8 @@ async def cancel_chat_completion(request_id: str, request: Request) -> Response:
     except BrokerError as error:
         if not (isinstance(error, UnknownRequest) and choice):
             raise from_broker(error) from error
-    return Response(orjson.dumps({"id": request_id, "object": "chat.completion.deleted", "deleted": True}), 200)
+    answer = {"id": request_id, "object": "chat.completion.deleted", "deleted": True}
+    return Response(orjson.dumps(answer), media_type="application/json")
 
 
 async def _answer(request: Request, gateway: Gateway, request_id: str, arrival_s: float) -> Response:

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 MAX_CHOICES = 128
 MAX_STOPS = 4
+MAX_STOP_CHARS = 4096  # each choice holds a table as long as its stop strings
 MAX_LOGPROBS = 20
 
-NonEmpty = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
@@ -84,7 +85,7 @@ class ChatCompletionRequest(Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
