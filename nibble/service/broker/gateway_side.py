@@ -7,7 +7,6 @@ lost without harm, since a second one (stream_checker.py) compares with the toke
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 
@@ -73,11 +72,11 @@ class GatewayBroker:
 
     async def close(self) -> None:
         """Stop. Streams still open end with an error event; their requests go on and can be attached to elsewhere."""
-        for task in self._tasks:
-            task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        running = set(self._tasks)
+        while running:  # once is not enough: redis-py's reads may swallow a cancellation that meets a message
+            for task in running:
+                task.cancel()
+            _, running = await asyncio.wait(running, timeout=_RECONNECT_S)
         self._streams.fail(self._streams, "the gateway is shutting down")
         await self._calls.close()
 

@@ -66,7 +66,8 @@ class StreamChecker:
     async def run(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._is_asked.wait(), self._patience.silence_s / 3)
+                async with asyncio.timeout(self._patience.silence_s / 3):  # wait_for may swallow a cancellation
+                    await self._is_asked.wait()
             self._is_asked.clear()
             try:
                 await self._repeat_aborts()

@@ -89,9 +89,9 @@ class TokenStream:
         raise StopAsyncIteration
 
     def _drain(self) -> TokenEvent:
-        index, final = self._num_delivered, self._final
+        index, final = min(self._num_delivered, len(self.token_ids)), self._final  # from_index may be past the end
         waiting = self.token_ids[index:]
-        self._num_delivered += len(waiting)
+        self._num_delivered = index + len(waiting)
         if final is None:
             return TokenEvent(request_id=self.request_id, index=index, token_ids=waiting)
         self._is_over = True

@@ -1,6 +1,6 @@
 """Workers that die, hang and come back; requests that kill workers."""
 
-import time
+import asyncio
 
 import pytest
 from synthetic import expire_lease, make_request, read_log, tokens_of
@@ -34,7 +34,7 @@ async def test_lease_expires_by_itself(make_gateway, make_worker):
     await gateway.submit(make_request("request"))
     dead.exchange()
     assert heir.exchange().assignments == []
-    time.sleep(0.06)
+    await asyncio.sleep(0.06)
     assert len(heir.exchange().assignments) == 1
 
 
@@ -102,8 +102,6 @@ async def test_gateway_notices_a_dead_worker_when_no_other_is_left(make_gateway,
     stream = await gateway.submit(make_request("request"))
     dead.exchange()
     expire_lease(redis_client, keys, dead.name)
-    import asyncio
-
     await asyncio.sleep(0.25)
     assert redis_client.zcard(keys.queue) == 1  # an autoscaler sees that a worker is wanted
     late = make_worker("late")

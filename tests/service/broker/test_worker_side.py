@@ -1,5 +1,6 @@
-"""The exchange: appends, capacity, lost calls and replies, waiting, leaving. Requests are submitted by a real gateway."""
+"""The exchange: appends, capacity, lost calls and replies, waiting, leaving. A real gateway submits."""
 
+import asyncio
 import threading
 import time
 
@@ -152,8 +153,6 @@ async def test_thousands_of_sequences_fit_into_one_exchange(make_gateway, redis_
 
 
 async def test_wait_returns_at_once_when_a_request_is_submitted(make_gateway, make_worker):
-    import asyncio
-
     gateway, worker = await make_gateway(), make_worker()
     delays = []
     for number in range(20):
