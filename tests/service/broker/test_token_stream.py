@@ -29,7 +29,7 @@ async def collect(stream: TokenStream) -> list[TokenEvent]:
 SPANS = st.tuples(st.integers(0, LENGTH), st.integers(0, LENGTH)).map(sorted)
 
 
-@given(spans=st.lists(SPANS, max_size=30), from_index=st.integers(0, LENGTH + 1), drains=st.sets(st.integers(0, 30)))
+@given(spans=st.lists(SPANS, max_size=30), from_index=st.integers(0, LENGTH), drains=st.sets(st.integers(0, 30)))
 def test_any_order_of_offers_is_delivered_contiguously(spans, from_index, drains):
     async def run() -> list[TokenEvent]:
         stream = TokenStream("request", from_index)
@@ -37,10 +37,8 @@ def test_any_order_of_offers_is_delivered_contiguously(spans, from_index, drains
         for number, (start, stop) in enumerate(spans):
             has_gap = start > len(stream.token_ids)
             assert stream.offer(event(start, stop)) is not has_gap
-            if (
-                number in drains
-                and len(stream.token_ids) > sum(map(len, map(lambda e: e.token_ids, delivered))) + from_index
-            ):
+            num_delivered = sum(len(each.token_ids) for each in delivered)
+            if number in drains and len(stream.token_ids) > from_index + num_delivered:
                 delivered.append(await anext(stream))
         stream.offer(event(len(stream.token_ids), LENGTH, is_final=True))
         stream.offer(event(0, LENGTH, is_final=True))
@@ -53,6 +51,13 @@ def test_any_order_of_offers_is_delivered_contiguously(spans, from_index, drains
         index += len(each.token_ids)
     assert [t for each in delivered for t in each.token_ids] == tokens_of("request", from_index, LENGTH)
     assert [each.finish_reason for each in delivered] == [None] * (len(delivered) - 1) + [FinishReason.LENGTH]
+
+
+async def test_stream_from_beyond_the_end_has_the_final_event_alone():
+    stream = TokenStream("request", LENGTH + 5)
+    stream.offer(event(0, LENGTH, is_final=True))
+    (final,) = await collect(stream)
+    assert (final.index, final.token_ids, final.finish_reason) == (LENGTH, [], FinishReason.LENGTH)
 
 
 async def test_reader_that_timed_out_loses_nothing():
