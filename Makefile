@@ -23,7 +23,7 @@ chat: $(VENV)/serve.stamp ## Chat with the running service in the terminal
 	@exec $(BIN)/nibble chat $(if $(PORT),--url 'http://127.0.0.1:$(PORT)') $(ARGS)
 
 bench: $(VENV)/dev.stamp ## Measure the engine beside transformers and llama.cpp on this machine
-	@exec $(BIN)/nibble bench $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+	@exec $(BIN)/python -m loadtest.engine_speed $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 install: $(VENV)/serve.stamp ## Install what `make serve` needs, without starting it
 
