@@ -119,8 +119,8 @@ def _summary(engine: str, task: str, values: list[float]) -> Measurement:
 
 def print_table(report: Report, console: Console) -> None:
     machine = report.machine
-    title = f"{report.model}, {report.num_threads} threads of {machine.cpu}; tokens/s, median of {report.num_rounds}"
-    table = Table("engine", title=title)
+    console.print(f"{report.model}, {report.num_threads} threads of {machine.cpu}")
+    table = Table("engine", title=f"tokens/s, median of {report.num_rounds}")
     task_names = list(dict.fromkeys(result.task for result in report.results))
     for name in task_names:
         table.add_column(name, justify="right")
@@ -128,10 +128,7 @@ def print_table(report: Report, console: Console) -> None:
     for result in report.results:
         by_engine.setdefault(result.engine, {})[result.task] = result
     for engine, results in by_engine.items():
-        cells = [
-            f"{results[name].median_tokens_per_s:.1f} (best {results[name].best_tokens_per_s:.1f})"
-            for name in task_names
-        ]
+        cells = [f"{results[name].median_tokens_per_s:.1f}" for name in task_names]
         table.add_row(engine, *cells)
     for engine in report.missing:
         table.add_row(engine, *["not installed"] * len(task_names))
