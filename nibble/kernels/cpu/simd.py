@@ -405,6 +405,21 @@ def find(typingctx: Any, values: Any, value: Any) -> Any:
     return types.int64(vector, types.float32), codegen
 
 
+def _bound(relation: str) -> Any:
+    def typed(typingctx: Any, value: Any, bound: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value, bound = args
+            return builder.select(builder.fcmp_ordered(relation, value, bound), bound, value)
+
+        return vector(vector, vector), codegen
+
+    return intrinsic(typed)
+
+
+at_least = _bound("<")  # the larger one; a NaN stays a NaN, which `maximum` would drop
+at_most = _bound(">")
+
+
 @intrinsic
 def zero_where_less(typingctx: Any, a: Any, b: Any, values: Any) -> Any:
     """values, 0 in the lanes where a < b."""
@@ -444,8 +459,8 @@ EXP_POLYNOMIAL = tuple(
 
 @inline_jit
 def exp(x):
-    """e^x of each lane; x is clamped to -87..88."""
-    x = minimum(maximum(x, broadcast(EXP_LOW)), broadcast(EXP_HIGH))
+    """e^x of each lane; x is clamped to -87..88, a NaN stays one."""
+    x = at_most(at_least(x, broadcast(EXP_LOW)), broadcast(EXP_HIGH))
     n = rint(x * broadcast(LOG2_E))
     x = fma(n, broadcast(LN2_LOW), fma(n, broadcast(LN2_HIGH), x))
     p = broadcast(EXP_POLYNOMIAL[0])

@@ -1,0 +1,154 @@
+"""append_kv writes the bytes layout.py states; paged_attention reads them, whatever blocks they are in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+
+from nibble.kernels.cpu.backend import CPUKernels
+from nibble.kernels.interface import AttentionBatch, Mode
+from nibble.kernels.layout import BLOCK_SIZE, KVDtype, KVLayout
+
+
+def poisoned_cache(num_blocks: int, layout: KVLayout) -> np.ndarray:
+    """0xFF everywhere: every fp16 that nobody wrote is a NaN, and shows."""
+    return np.full((num_blocks, layout.num_kv_heads, layout.head_block_bytes), 0xFF, np.uint8)
+
+
+@pytest.mark.parametrize("dtype", KVDtype)
+@pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(3, 64), (1, 96), (2, 128), (1, 256)])
+def test_append_writes_the_specified_bytes(
+    kernels: CPUKernels, rng: np.random.Generator, dtype: KVDtype, num_kv_heads: int, head_dim: int
+) -> None:
+    layout = KVLayout(num_kv_heads, head_dim, dtype)
+    qkv = rng.standard_normal((70, (2 + 2 * num_kv_heads) * head_dim)).astype(np.float32)
+    start = 2 * head_dim
+    qkv[0, start : start + head_dim] = 3.25  # constant: scale 0
+    qkv[1, start : start + head_dim] = 0
+    qkv[2, start : start + head_dim] *= 1e4
+    qkv[3, start : start + head_dim] *= 1e6  # beyond fp16: saturates
+    qkv[4, start : start + head_dim] *= 1e38
+    qkv[5, start : start + head_dim] *= 1e-7  # a scale that is a denormal or 0 in fp16
+    qkv[6, start : start + head_dim] += 1000  # large zero, small scale
+    slots = rng.permutation(4 * BLOCK_SIZE)[:70].astype(np.int64)
+    written, expected = poisoned_cache(4, layout), poisoned_cache(4, layout)
+    kernels.append_kv(qkv, slots, written, layout)
+    with np.errstate(over="ignore"):
+        reference.append_kv(qkv, slots, expected, layout)
+    np.testing.assert_array_equal(written, expected)
+
+
+def sequences_in_cache(
+    kernels: CPUKernels, rng: np.random.Generator, context_lens: list[int], num_heads: int, layout: KVLayout
+) -> tuple[np.ndarray, np.ndarray]:
+    """A cache that holds random sequences in permuted blocks: (kv_cache, block_tables)."""
+    blocks_of = [-(-length // BLOCK_SIZE) for length in context_lens]
+    blocks = rng.permutation(sum(blocks_of) + 3).astype(np.int32)
+    cache = poisoned_cache(len(blocks), layout)
+    tables = np.full((len(context_lens), max(blocks_of)), 10**6, np.int32)  # past the end: undefined
+    used = 0
+    for s, (length, count) in enumerate(zip(context_lens, blocks_of, strict=True)):
+        tables[s, :count] = blocks[used : used + count]
+        used += count
+        positions = np.arange(length)
+        slots = tables[s, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+        columns = (num_heads + 2 * layout.num_kv_heads) * layout.head_dim
+        kernels.append_kv(rng.standard_normal((length, columns)).astype(np.float32), slots, cache, layout)
+    return cache, tables
+
+
+def attention_batch(query_lens: list[int], context_lens: list[int], tables: np.ndarray) -> AttentionBatch:
+    starts = np.cumsum([0, *query_lens]).astype(np.int32)
+    return AttentionBatch(starts, np.array(context_lens, np.int32), tables)
+
+
+def tolerance(mode: Mode, head_dim: int, context_len: int) -> float:
+    """Absolute, for q, k, v of magnitude about 1 (|v| < 6).
+
+    fp32: a score's D additions shift its weight by that much relatively, the sum over the context rounds once per 16
+    tokens. PREFILL may round q and the weights to bf16 (2^-9): a score moves by about 2^-9 |q k| / sqrt(D), the output
+    by as much again from the weights.
+    """
+    fp32 = 2.0**-23 * 6 * (head_dim + context_len / 16 + 16)
+    return fp32 if mode is Mode.DECODE else fp32 + 2.0**-9 * 8
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("dtype", KVDtype)
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"),
+    [(9, 3, 64), (4, 4, 96), (16, 1, 64), (2, 1, 128), (3, 1, 256)],
+)
+def test_attention_over_a_ragged_batch(
+    kernels: CPUKernels,
+    rng: np.random.Generator,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: KVDtype,
+    mode: Mode,
+) -> None:
+    layout = KVLayout(num_kv_heads, head_dim, dtype)
+    query_lens, context_lens = [1, 17, 1, 40, 5, 1], [1, 17, 64, 70, 200, 300]
+    cache, tables = sequences_in_cache(kernels, rng, context_lens, num_heads, layout)
+    batch = attention_batch(query_lens, context_lens, tables)
+    qkv = rng.standard_normal((sum(query_lens), (num_heads + 2 * num_kv_heads) * head_dim)).astype(np.float32)
+    out = kernels.paged_attention(qkv, cache, batch, layout, mode=mode)
+    assert out.shape == (sum(query_lens), num_heads * head_dim)
+    with np.errstate(invalid="ignore"):  # the poison
+        expected = reference.paged_attention(qkv, cache, batch, layout)
+    assert np.abs(out - expected).max() <= tolerance(mode, head_dim, max(context_lens))
+
+
+@pytest.mark.parametrize("dtype", KVDtype)
+def test_decode_row_does_not_depend_on_the_batch(kernels: CPUKernels, rng: np.random.Generator, dtype: KVDtype) -> None:
+    layout = KVLayout(3, 64, dtype)
+    context_lens = [700, 256, 257, 30]
+    cache, tables = sequences_in_cache(kernels, rng, context_lens, 9, layout)
+    qkv = rng.standard_normal((4 * 20, 15 * 64)).astype(np.float32)
+    batch = attention_batch([20] * 4, context_lens, tables)
+    together = kernels.paged_attention(qkv, cache, batch, layout, mode=Mode.DECODE)
+    for s, context_len in enumerate(context_lens):
+        for i in (0, 7, 19):
+            row = 20 * s + i
+            alone = attention_batch([1], [context_len - 19 + i], tables[s : s + 1])
+            out = kernels.paged_attention(qkv[row : row + 1], cache, alone, layout, mode=Mode.DECODE)
+            np.testing.assert_array_equal(out[0], together[row])
+
+
+@pytest.mark.parametrize("dtype", KVDtype)
+def test_prefill_row_does_not_depend_on_the_chunk(
+    kernels: CPUKernels, rng: np.random.Generator, dtype: KVDtype
+) -> None:
+    layout = KVLayout(3, 64, dtype)
+    cache, tables = sequences_in_cache(kernels, rng, [330], 9, layout)
+    qkv = rng.standard_normal((330, 15 * 64)).astype(np.float32)
+    whole = kernels.paged_attention(qkv, cache, attention_batch([330], [330], tables), layout, mode=Mode.PREFILL)
+    for start, stop in ((0, 128), (128, 129), (129, 200), (200, 330)):
+        batch = attention_batch([stop - start], [stop], tables)
+        out = kernels.paged_attention(qkv[start:stop], cache, batch, layout, mode=Mode.PREFILL)
+        np.testing.assert_array_equal(out, whole[start:stop])
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_large_scores_do_not_overflow(kernels: CPUKernels, rng: np.random.Generator, mode: Mode) -> None:
+    layout = KVLayout(1, 64)
+    cache, tables = sequences_in_cache(kernels, rng, [100], 1, layout)
+    qkv = (rng.standard_normal((40, 3 * 64)) * 1e4).astype(np.float32)
+    out = kernels.paged_attention(qkv, cache, attention_batch([40], [100], tables), layout, mode=mode)
+    values = reference.read_kv(cache[tables[0]], layout)[:, 0, 1].reshape(-1, 64)[:100]
+    assert np.isfinite(out).all()
+    assert (out <= values.max(axis=0) + 0.02).all()
+    assert (out >= values.min(axis=0) - 0.02).all()
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_nan_query_gives_nan_in_its_row_only(kernels: CPUKernels, rng: np.random.Generator, mode: Mode) -> None:
+    layout = KVLayout(1, 64)
+    cache, tables = sequences_in_cache(kernels, rng, [40], 2, layout)
+    qkv = rng.standard_normal((40, 4 * 64)).astype(np.float32)
+    qkv[11, 70] = np.nan
+    out = kernels.paged_attention(qkv, cache, attention_batch([40], [40], tables), layout, mode=mode)
+    assert np.isnan(out[11, 64:]).all()
+    assert np.isfinite(np.delete(out, 11, axis=0)).all()
