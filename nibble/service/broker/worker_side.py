@@ -111,39 +111,35 @@ class WorkerBroker:
     def _arguments(
         self, events: Sequence[TokenEvent], capacity: int, info: WorkerInfo
     ) -> tuple[list[str | bytes | int], set[str]]:
-        running: list[str | bytes | int] = []
-        final: list[str | bytes | int] = []
-        finished = set()
-        for event in events:
-            request_id = event.request_id
-            attempt = self._attempts.get(request_id)
-            if attempt is None:
-                continue
-            arguments = running
-            if event.finish_reason is not None:
-                arguments = final
-                finished.add(request_id)
-            arguments += (request_id, attempt, event.index, pack_tokens(event.token_ids), encode(event))
-        known = self._known_after(finished) if self._must_resync else None
-        header: list[str | bytes | int] = [
+        held = self._attempts
+        running = [event for event in events if event.finish_reason is None and event.request_id in held]
+        final = [event for event in events if event.finish_reason is not None and event.request_id in held]
+        finished = {event.request_id for event in final}
+        fields: list[str | int] = []
+        token_ids: list[int] = []
+        encoded = []
+        for event in running + final:
+            request_id, new_ids, packed = event.request_id, event.token_ids, encode(event)
+            fields += (request_id, held[request_id], event.index, len(new_ids), len(packed))
+            token_ids += new_ids
+            encoded.append(packed)
+        known: bytes | str = ""
+        if self._must_resync:
+            known = encode({name: attempt for name, attempt in held.items() if name not in finished})
+        arguments: list[str | bytes | int] = [
             self._worker,
             self._worker_id,
             encode(info),
             self._lease_ms,
             max(0, capacity),
             int(self._is_first),
-            (len(running) + len(final)) // 5,
-            len(finished),
-            -1 if known is None else len(known) // 2,
+            known,
+            len(final),
+            encode(fields),
+            pack_tokens(token_ids),
+            b"".join(encoded),
         ]
-        return header + running + final + (known or []), finished
-
-    def _known_after(self, finished: set[str]) -> list[str | bytes | int]:
-        known: list[str | bytes | int] = []
-        for request_id, attempt in self._attempts.items():
-            if request_id not in finished:
-                known += (request_id, attempt)
-        return known
+        return arguments, finished
 
     def _received(self, reply: list[Any]) -> Exchange:
         dropped = [name for name in map(bytes.decode, reply[1]) if self._attempts.pop(name, None) is not None]

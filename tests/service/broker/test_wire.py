@@ -19,10 +19,10 @@ def test_packed_tokens_are_little_endian_uint32() -> None:
     assert pack_tokens([1, 0x01020304]) == bytes([1, 0, 0, 0, 4, 3, 2, 1])
 
 
-@pytest.mark.parametrize("token_id", [-1, 2**32])
-def test_token_id_that_does_not_fit_is_an_error(token_id: int) -> None:
+@pytest.mark.parametrize("token_ids", [[-1], [2**32], [1, -1], [1, 2**32]])
+def test_token_id_that_does_not_fit_is_an_error(token_ids: list[int]) -> None:
     with pytest.raises(OverflowError):
-        pack_tokens([token_id])
+        pack_tokens(token_ids)
 
 
 @given(st.lists(st.builds(TokenEvent, request_id=st.text(), index=st.integers(0, 2**31), token_ids=TOKEN_IDS)))

@@ -1,15 +1,16 @@
 -- One worker's round trip per engine step.
--- ARGV: worker, worker_id, info, lease_ms, capacity, is_first, num_events, num_final, num_known (-1: not sent), then
---   num_events times: id, attempt, index, packed tokens, encoded TokenEvent; the num_final last ones are final;
---   num_known times: id, attempt of what the worker holds once these events are in (sent to resynchronise).
+-- ARGV: worker, worker_id, info, lease_ms, capacity, is_first, known, num_final, events, tokens, encoded.
+--   known: '' or, to resynchronise, a msgpack map of what the worker holds once these events are in: id -> attempt.
+--   events: one flat msgpack array of id, attempt, index, number of tokens, bytes of the encoded TokenEvent for each event;
+--     the num_final last ones are final. tokens (packed) and encoded: those of all events, one after another. (Server
+--     arguments for each event would cost more than all the rest.)
 -- Returns {must_resync, dropped ids, request and attempt and tokens of each assignment, counters}.
 
 local worker, worker_id, info, lease_ms, capacity = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
-local is_first, num_events, num_final, num_known = ARGV[6] == '1', tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
-local NUM_HEADER, NUM_PER_EVENT = 9, 5
-local MAX_UNPACK = 2000  -- Lua's stack ends at 8000
+local is_first, known, num_final, events = ARGV[6] == '1', ARGV[7], tonumber(ARGV[8]), cmsgpack.unpack(ARGV[9])
+local NUM_PER_EVENT = 5
 
-local held = key('worker', worker)
+local held, tokens_prefix = key('worker', worker), key('tokens', '')
 local dropped, dropped_set, assignments = {}, {}, {}
 
 local function drop(id)
@@ -32,26 +33,21 @@ local function renew()
   return redis.call('ZADD', leases, now + lease_ms, worker) == 1 and not is_first
 end
 
--- What this worker holds under each event's id: "<attempt>:<gateways>" or false.
+-- What this worker holds: id -> "<attempt>:<gateways>". A step mostly has events of all that is held, and one HGETALL is
+-- much cheaper than looking each up in a hash that the server keeps as a list (to 512 fields).
+local fences = {}
 local function read_fences()
-  local fences = {}
-  for first = 1, num_events, MAX_UNPACK do
-    local ids = {}
-    for i = first, math.min(first + MAX_UNPACK - 1, num_events) do
-      ids[#ids + 1] = ARGV[NUM_HEADER + (i - 1) * NUM_PER_EVENT + 1]
-    end
-    for i, fence in ipairs(redis.call('HMGET', held, unpack(ids))) do
-      fences[first + i - 1] = fence
-    end
+  local fields = redis.call('HGETALL', held)
+  for i = 1, #fields, 2 do
+    fences[fields[i]] = fields[i + 1]
   end
-  return fences
 end
 
 -- Not ours (any more). Counted as fenced when another attempt has begun; otherwise the request was aborted or lost, or
 -- this is the repeat of a final event whose reply was lost.
 local function refuse(id, attempt)
   local current = redis.call('HGET', key('state', id), 'attempt')
-  if current and tonumber(current) > tonumber(attempt) then
+  if current and tonumber(current) > attempt then
     count('fenced', 1)
   end
   drop(id)
@@ -77,7 +73,7 @@ local function repair(tokens, index, packed, length)
 end
 
 local function append(id, index, packed)
-  local tokens = key('tokens', id)
+  local tokens = tokens_prefix .. id
   if #packed == 0 then
     return redis.call('STRLEN', tokens) >= index * 4
   end
@@ -85,28 +81,43 @@ local function append(id, index, packed)
   return length == index * 4 + #packed or repair(tokens, index, packed, length)
 end
 
-local function record_events()
-  local fences = read_fences()
-  local gone = {}
-  for i = 1, num_events do
-    local at = NUM_HEADER + (i - 1) * NUM_PER_EVENT
-    local id, head = ARGV[at + 1], ARGV[at + 2] .. ':'
-    local fence = not gone[id] and fences[i]
-    if not fence or string.sub(fence, 1, #head) ~= head then
-      refuse(id, ARGV[at + 2])
-    elseif not append(id, ARGV[at + 3], ARGV[at + 4]) then
-      -- Tokens are missing: this server lost its last writes. Some worker generates them again.
-      gone[id] = true
-      redis.call('HDEL', held, id)
-      requeue(id, true)
-      drop(id)
-    else
-      if i > num_events - num_final then
-        gone[id] = true
-        close_log(id, ARGV[at + 5])
-      end
-      tell(string.sub(fence, #head + 1), ARGV[at + 5])
+-- Fences repeat (same attempt, same gateway), so that each distinct one is taken apart once.
+local parts = {}
+local function split(fence)
+  local attempt, gateways = string.match(fence, '^(%d+):(.*)$')
+  parts[fence] = {attempt = tonumber(attempt), gateways = gateways}
+  return parts[fence]
+end
+
+local function record_event(id, attempt, index, packed, event, is_final)
+  local fence = fences[id]
+  local part = fence and (parts[fence] or split(fence))
+  if not part or part.attempt ~= attempt then
+    refuse(id, attempt)
+  elseif not append(id, index, packed) then
+    -- Tokens are missing: this server lost its last writes. Some worker generates them again.
+    fences[id] = nil
+    redis.call('HDEL', held, id)
+    requeue(id, true)
+    drop(id)
+  else
+    if is_final then
+      fences[id] = nil
+      close_log(id, event)
     end
+    tell(part.gateways, event)
+  end
+end
+
+local function record_events()
+  read_fences()
+  local tokens, encoded, sub = ARGV[10], ARGV[11], string.sub
+  local tokens_at, encoded_at, first_final = 1, 1, #events - num_final * NUM_PER_EVENT + 1
+  for at = 1, #events, NUM_PER_EVENT do
+    local tokens_end, encoded_end = tokens_at + events[at + 3] * 4, encoded_at + events[at + 4]
+    record_event(events[at], events[at + 1], events[at + 2], sub(tokens, tokens_at, tokens_end - 1),
+      sub(encoded, encoded_at, encoded_end - 1), at >= first_final)
+    tokens_at, encoded_at = tokens_end, encoded_end
   end
 end
 
@@ -135,18 +146,15 @@ end
 -- After a lost reply or a restart, on either side: assigns again what the worker does not know that it holds, drops
 -- what it does not hold.
 local function resynchronise()
-  local known = {}
-  for i = 0, num_known - 1 do
-    local at = NUM_HEADER + num_events * NUM_PER_EVENT + i * 2
-    known[ARGV[at + 1]] = ARGV[at + 2]
-  end
-  local fences = redis.call('HGETALL', held)
-  for i = 1, #fences, 2 do
-    local id, attempt = fences[i], string.match(fences[i + 1], '^%d+')
-    if known[id] ~= attempt then
+  known = cmsgpack.unpack(known)
+  local fields = redis.call('HGETALL', held)
+  for i = 1, #fields, 2 do
+    local id, attempt = fields[i], split(fields[i + 1]).attempt
+    if known[id] == attempt then
+      known[id] = nil
+    else
       send(id, attempt)
     end
-    known[id] = known[id] ~= attempt and known[id] or nil
   end
   for id in pairs(known) do
     drop(id)
@@ -198,14 +206,14 @@ end
 
 local must_resync = renew()
 sweep()
-if num_events > 0 then
+if #events > 0 then
   record_events()
 end
 if num_final > 0 then
   measure_rate()
 end
 read_dropped()
-if num_known >= 0 then
+if known ~= '' then
   resynchronise()
 end
 if capacity > 0 then
