@@ -95,10 +95,10 @@ def _bin(logits, largest, temperature, weights, order, bin_starts, bin_sums):
     bin_sums[:] = 0
     for i in range(size):
         distance = (largest - logits[i]) * factor
-        b = np.int64(min(distance, np.float32(NUM_BINS - 1)))
-        bins[i] = b
-        counts[b + 1] += 1
-        bin_sums[b] += weights[i]
+        place = np.int64(min(distance, np.float32(NUM_BINS - 1)))
+        bins[i] = place
+        counts[place + 1] += 1
+        bin_sums[place] += weights[i]
     for b in range(NUM_BINS):
         counts[b + 1] += counts[b]
     bin_starts[:] = counts

@@ -27,8 +27,8 @@ def split_gate_up(typingctx: Any, first: Any, second: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         run = GATE_UP_INTERLEAVE
         lanes = [*range(run), *range(LANES, LANES + run)]
-        gate = simd.shuffle(builder, *args, lanes)
-        up = simd.shuffle(builder, *args, [lane + run for lane in lanes])
+        gate = simd.shuffle(builder, args[0], args[1], lanes)
+        up = simd.shuffle(builder, args[0], args[1], [lane + run for lane in lanes])
         return context.make_tuple(builder, result, [gate, up])
 
     return result(vector, vector), codegen

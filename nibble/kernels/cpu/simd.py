@@ -435,7 +435,7 @@ def _mask(builder: Any, lanes: Any) -> Any:
 
 
 def _operator(function: Any, implementation: Any) -> None:
-    def typed(a, b):  # type: ignore[no-untyped-def]  # numba wants the implementation's signature, annotations included
+    def typed(a, b):  # numba wants the implementation's signature, annotations included
         return implementation if isinstance(a, VectorType) and isinstance(b, VectorType) else None
 
     overload(function)(typed)

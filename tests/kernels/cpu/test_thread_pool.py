@@ -15,12 +15,12 @@ from nibble.kernels.cpu.thread_pool import ThreadPool, run_job
 
 
 @ChunkFunction
-def count_chunk(arguments, chunk):  # type: ignore[no-untyped-def]  # compiled by Numba
+def count_chunk(arguments, chunk):
     atomics.atomic_add(arguments + 8 * chunk, 1)
 
 
 @kernel_jit
-def run_counts(pool, function, counts, num_chunks):  # type: ignore[no-untyped-def]  # compiled by Numba
+def run_counts(pool, function, counts, num_chunks):
     run_job(pool, function, counts.ctypes.data, num_chunks)
     # read after the job: all chunks' writes must be visible
     return carray(simd.address_as_void_pointer(counts.ctypes.data), num_chunks, np.int64).sum()
