@@ -98,6 +98,7 @@ class LLMEngine:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self.scheduler.remove(sequence)
+            self._update_gauges()
 
     def step(self) -> list[TokenEvent]:
         """Compute one step: schedule, run, update. Returns at most one event per request."""
@@ -182,7 +183,11 @@ class LLMEngine:
         stats.num_steps += 1
         stats.num_prompt_tokens += sum(chunk.num_tokens for chunk in batch.prefill)
         stats.num_generated_tokens += num_sampled
-        stats.num_running, stats.num_waiting = len(scheduler.running), len(scheduler.waiting)
-        stats.kv_cache_usage = scheduler.block_manager.usage
+        self._update_gauges()
         stats.num_preemptions = scheduler.num_preemptions
         stats.step_bytes, stats.step_s = self.runner.step_bytes(batch), step_s
+
+    def _update_gauges(self) -> None:
+        stats, scheduler = self.stats, self.scheduler
+        stats.num_running, stats.num_waiting = len(scheduler.running), len(scheduler.waiting)
+        stats.kv_cache_usage = scheduler.block_manager.usage

@@ -13,7 +13,7 @@ import httpx
 import openai
 import psutil
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 240.0  # the first start on a machine compiles the kernels
 STOP_TIMEOUT_S = 5.0  # what the launcher promises
 
 

@@ -101,6 +101,8 @@ class WorkerLoop:
         for request_id in exchange.dropped:
             self.engine.abort(request_id)
             logger.info("event=request_dropped request_id=%s", request_id)
+        if exchange.dropped:  # an idle engine takes no step that would say so
+            self.metrics.observe_step(self.engine.stats)
         for assignment in exchange.assignments:
             self._add(assignment)
         self.metrics.recovered.inc(exchange.num_recovered)
