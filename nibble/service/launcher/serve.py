@@ -27,6 +27,7 @@ from nibble.service.launcher.supervisor import Supervisor
 GATEWAY_STOP_S = 0.5  # after its drain time
 WORKER_STOP_S = 1.5  # a worker ends after its current step; one that computes longer is cut off
 _READY_POLL_S = 0.05
+_HINT_S = 6.0  # longer than a start with everything in the cache
 _READY_TIMEOUT_S = 1.0
 
 
@@ -52,12 +53,16 @@ def serve(settings: LauncherSettings) -> None:
 
 def _wait_until_ready(supervisor: Supervisor, address: Address) -> bool:
     """False when a stop was requested meanwhile. Raises ProcessFailed."""
+    hint_s: float | None = time.monotonic() + _HINT_S
     while not supervisor.stop_requested:
         for child in supervisor.run_once(_READY_POLL_S):
             reason = f": {child.last_line}" if child.last_line else ""
             raise ProcessFailed(f"{child.name} {child.describe_end()} before the service was ready{reason}")
         if is_ready(address):
             return True
+        if hint_s is not None and time.monotonic() > hint_s:
+            hint_s = None
+            supervisor.log("nibble", "still loading; the first start of a release compiles its kernels for this CPU")
     return False
 
 
