@@ -62,7 +62,7 @@ $(BIN)/python:
 
 # A stamp newer than the locks and pyproject.toml means: nothing to install.
 $(VENV)/serve.stamp: $(SERVE_LOCKS) pyproject.toml | $(BIN)/python
-	@echo 'Installing Nibble into $(VENV) (once; torch is the large part) ...'
+	@echo 'Installing Nibble into $(VENV) (once) ...'
 	@$(PIP) install $(addprefix -r ,$(SERVE_LOCKS))
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
