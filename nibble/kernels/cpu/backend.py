@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from nibble.kernels.cpu import (
     add_to_logits,
+    amx,
     append_kv,
+    bf16_linear,
     embedding,
     gather_rows,
     int4_linear,
@@ -42,6 +44,7 @@ class CPUKernels:
         self._threads = ThreadPool(self.num_threads)
         self._pool = self._threads.state
         self._addresses: dict[int, int] = {}
+        self._tile_config = amx.tile_config() if amx.is_available() else None
 
     def close(self) -> None:
         """Stop the threads; no op may be called any more."""
@@ -81,24 +84,36 @@ class CPUKernels:
     def int4_linear(
         self, x: Array, weight: Int4Weight, bias: Array | None = None, residual: Array | None = None, *, mode: Mode
     ) -> Array:
-        assert x.shape[1] == weight.in_features, f"x has {x.shape[1]} columns, the weight {weight.in_features}"
-        out = np.empty((len(x), weight.out_features), np.float32) if residual is None else residual
-        function, packed = int4_linear.chunk_function.address, self._address(weight.packed)
-        bias_address = 0 if bias is None else self._address(bias)
-        int4_linear.int4_gemv(
-            self._pool, function, x, packed, weight.group_size, bias_address, residual is not None, out
-        )
+        out = _linear_out(x, weight, residual)
+        packed, bias_address, add = self._address(weight.packed), self._optional_address(bias), residual is not None
+        if len(x) == 0:
+            pass
+        elif mode is Mode.PREFILL and self._tile_config is not None:
+            function = bf16_linear.int4_chunk_function.address
+            bf16_linear.bf16_linear(
+                self._pool, function, self._tile_config, x, packed, 0, weight.group_size, bias_address, add, out
+            )
+        else:
+            function = int4_linear.chunk_function.address
+            int4_linear.int4_gemv(self._pool, function, x, packed, weight.group_size, bias_address, add, out)
         return out
 
     def int8_linear(
         self, x: Array, weight: Int8Weight, bias: Array | None = None, residual: Array | None = None, *, mode: Mode
     ) -> Array:
-        assert x.shape[1] == weight.in_features, f"x has {x.shape[1]} columns, the weight {weight.in_features}"
-        out = np.empty((len(x), weight.out_features), np.float32) if residual is None else residual
+        out = _linear_out(x, weight, residual)
         values, scales = self._address(weight.values), self._address(weight.scales)
-        bias_address = 0 if bias is None else self._address(bias)
-        function, add = int8_linear.chunk_function.address, residual is not None
-        int8_linear.int8_gemv(self._pool, function, x, values, scales, weight.group_size, bias_address, add, out)
+        bias_address, add = self._optional_address(bias), residual is not None
+        if len(x) == 0:
+            pass
+        elif mode is Mode.PREFILL and self._tile_config is not None and weight.group_size % amx.TILE_DEPTH == 0:
+            function = bf16_linear.int8_chunk_function.address
+            bf16_linear.bf16_linear(
+                self._pool, function, self._tile_config, x, values, scales, weight.group_size, bias_address, add, out
+            )
+        else:
+            function = int8_linear.chunk_function.address
+            int8_linear.int8_gemv(self._pool, function, x, values, scales, weight.group_size, bias_address, add, out)
         return out
 
     def rope_table(self, inverse_frequencies: list[float], num_positions: int, attention_factor: float) -> Array:
@@ -161,6 +176,9 @@ class CPUKernels:
         )
         return out
 
+    def _optional_address(self, array: Array | None) -> int:
+        return 0 if array is None else self._address(array)
+
     def _address(self, weight: Array) -> int:
         """Where a weight's bytes are. Kept per array: asking NumPy takes as long as a small op."""
         address = self._addresses.get(id(weight))
@@ -169,6 +187,14 @@ class CPUKernels:
             address = self._addresses[id(weight)] = int(weight.ctypes.data)
             weakref.finalize(weight, self._addresses.pop, id(weight), None)
         return address
+
+
+def _linear_out(x: Array, weight: Int4Weight | Int8Weight, residual: Array | None) -> Array:
+    assert x.shape[1] == weight.in_features, f"x has {x.shape[1]} columns, the weight {weight.in_features}"
+    if residual is None:
+        return np.empty((len(x), weight.out_features), np.float32)
+    assert residual.shape == (len(x), weight.out_features), f"residual has shape {residual.shape}"
+    return residual
 
 
 def usable_cpus() -> int:

@@ -95,7 +95,7 @@ def row_scales(typingctx: Any, address: Any) -> Any:
     return result(types.intp), codegen
 
 
-def _one_plus_nibble(builder: Any, words: Any, nibble: int) -> Any:
+def one_plus_nibble(builder: Any, words: Any, nibble: int) -> Any:
     """1 + q / 16 of nibble i of 16 words."""
     distance = NIBBLE_PLACE - NIBBLE_BITS * nibble
     words = builder.shl(words, splat_i32(distance)) if distance > 0 else builder.lshr(words, splat_i32(-distance))
@@ -114,7 +114,7 @@ def accumulate(typingctx: Any, sums: Any, scales: Any, words: Any, x: Any, x_str
         scale0, offset0, scale1, offset1 = simd.unpack_tuple(builder, args[1], 4)
         word_vector = load_at(builder, args[2], I32X16, align=4)
         for pair in range(4):
-            q0, q1 = (_one_plus_nibble(builder, word_vector, 2 * pair + row) for row in range(2))
+            q0, q1 = (one_plus_nibble(builder, word_vector, 2 * pair + row) for row in range(2))
             weights = (simd.call_fma(builder, q0, scale0, offset0), simd.call_fma(builder, q1, scale1, offset1))
             x_token = args[3]
             for token in range(tokens):

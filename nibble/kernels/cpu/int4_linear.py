@@ -24,7 +24,8 @@ from nibble.kernels.cpu.int4_fragment import (
     store_sums,
 )
 from nibble.kernels.cpu.jit import ChunkFunction, inline_jit, kernel_jit
-from nibble.kernels.cpu.simd import LANES, VECTOR_BYTES
+from nibble.kernels.cpu.simd import VECTOR_BYTES
+from nibble.kernels.cpu.store_rows import store_rows
 from nibble.kernels.cpu.thread_pool import run_job
 from nibble.kernels.layout import FRAGMENT, TILE_COLUMNS, TILE_ROWS
 
@@ -109,30 +110,6 @@ def _permute(x, count, permuted):
     factor = simd.broadcast(np.float32(Q_PER_ONE))
     for place in range(0, count * 4, VECTOR_BYTES):
         simd.store(permuted + place, permute_columns(simd.load(x + place)) * factor)
-
-
-@inline_jit
-def store_rows(values, first_row, num_rows, bias, add, out):
-    """out[first_row : first_row + 16] = values (+ bias) (+ out where add), guarded at num_rows. All addresses."""
-    if bias:
-        bias += first_row * 4
-    out += first_row * 4
-    if first_row + LANES <= num_rows:
-        if bias:
-            values = values + simd.load(bias)
-        if add:
-            values = values + simd.load(out)
-        simd.store(out, values)
-        return
-    rows = np.empty(LANES, np.float32)
-    simd.store(rows.ctypes.data, values)
-    for r in range(num_rows - first_row):
-        value = rows[r]
-        if bias:
-            value += simd.float32_at(bias + r * 4)
-        if add:
-            value += simd.float32_at(out + r * 4)
-        simd.store_float32(out + r * 4, value)
 
 
 @inline_jit
