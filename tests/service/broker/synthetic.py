@@ -127,64 +127,85 @@ def read_log(client: redis.Redis, keys: Keys, request_id: str) -> list[int]:
     return unpack_tokens(log) if log else []  # type: ignore[arg-type]
 
 
+# All keys of a namespace at one moment: name, value (a flat list for all but strings), ms to live.
+_SNAPSHOT = """
+local read = {
+  string = function(key) return redis.call('GET', key) end,
+  hash = function(key) return redis.call('HGETALL', key) end,
+  zset = function(key) return redis.call('ZRANGE', key, 0, -1) end,
+  set = function(key) return redis.call('SMEMBERS', key) end,
+  list = function(key) return redis.call('LRANGE', key, 0, -1) end,
+}
+local entries = {}
+for _, key in ipairs(redis.call('KEYS', ARGV[1] .. '*')) do
+  entries[#entries + 1] = {key, read[redis.call('TYPE', key).ok](key), redis.call('PTTL', key)}
+end
+return entries
+"""
+
+
+class Snapshot:
+    def __init__(self, client: redis.Redis, keys: Keys) -> None:
+        self.values: dict[str, Any] = {}
+        self.ttl_ms: dict[str, int] = {}
+        for key, value, ttl_ms in client.eval(_SNAPSHOT, 0, keys.root):
+            self.values[key.decode()] = value
+            self.ttl_ms[key.decode()] = ttl_ms
+
+    def members(self, key: str) -> set[str]:
+        return {value.decode() for value in self.values.get(key, [])}
+
+    def fields(self, key: str) -> dict[str, bytes]:
+        flat = self.values.get(key, [])
+        return {flat[at].decode(): flat[at + 1] for at in range(0, len(flat), 2)}
+
+    def suffixes(self, prefix: str) -> set[str]:
+        return {key.removeprefix(prefix) for key in self.values if key.startswith(prefix)}
+
+
 def check_integrity(client: redis.Redis, namespace: str) -> None:
     """Every key of the namespace agrees with every other, and every log is what the synthetic model generates."""
     keys = Keys(namespace)
-    leases = set(names(client.zrange(keys.leases, 0, -1)))
-    queued = set(names(client.zrange(keys.queue, 0, -1)))
-    suspects = set(names(client.zrange(keys.suspects, 0, -1)))
-    deadlines = set(names(client.zrange(keys.deadlines, 0, -1)))
-    assert set(names(client.hkeys(keys.workers))) == leases
+    now = Snapshot(client, keys)
+    leases, queued, suspects = now.members(keys.leases), now.members(keys.queue), now.members(keys.suspects)
+    assert set(now.fields(keys.workers)) == leases
     assert not queued & suspects
-    held = {}
-    for worker in suffixes(client, keys.worker("")):
+    held: dict[str, tuple[str, str]] = {}
+    for worker in now.suffixes(keys.worker("")):
         assert worker in leases, f"{worker} holds requests without a lease"
-        for request_id, fence in client.hgetall(keys.worker(worker)).items():
-            assert request_id.decode() not in held, "held by two workers"
-            held[request_id.decode()] = (worker, fence.decode())
-    for kind in (keys.dropped(""), keys.wake_worker("")):
-        assert set(suffixes(client, kind)) <= leases
-    states = {name: client.hgetall(keys.state(name)) for name in suffixes(client, keys.state(""))}
-    for request_id, state in states.items():
-        _check_request(client, keys, request_id, {k.decode(): v for k, v in state.items()}, held, queued | suspects)
-    unfinished = {name for name, state in states.items() if state[b"status"] != b"finished"}
-    assert deadlines <= unfinished
+        for request_id, fence in now.fields(keys.worker(worker)).items():
+            assert request_id not in held, "held by two workers"
+            held[request_id] = (worker, fence.decode())
+    for prefix in (keys.dropped(""), keys.wake_worker("")):
+        assert now.suffixes(prefix) <= leases
+    unfinished = set()
+    for request_id in now.suffixes(keys.state("")):
+        if _check_request(now, keys, request_id, held, queued | suspects) != "finished":
+            unfinished.add(request_id)
+    assert now.members(keys.deadlines) <= unfinished
     assert set(held) | queued | suspects == unfinished
 
 
 def _check_request(
-    client: redis.Redis,
-    keys: Keys,
-    request_id: str,
-    state: dict[str, bytes],
-    held: dict[str, tuple[str, str]],
-    waiting: set[str],
-) -> None:
+    now: Snapshot, keys: Keys, request_id: str, held: dict[str, tuple[str, str]], waiting: set[str]
+) -> str:
+    state = now.fields(keys.state(request_id))
     status, worker = state["status"].decode(), state["worker"].decode()
-    log = read_log(client, keys, request_id)
+    log = unpack_tokens(now.values.get(keys.tokens(request_id), b""))
     assert log == tokens_of(request_id, 0, len(log))
     assert (request_id in waiting) == (status == "queued")
     assert (request_id in held) == (status == "running")
-    assert client.exists(keys.request(request_id))
+    assert keys.request(request_id) in now.values
     if status == "running":
-        fence = f"{state['attempt'].decode()}:{state['gateways'].decode()}"
-        assert held[request_id] == (worker, fence)
+        assert held[request_id] == (worker, f"{state['attempt'].decode()}:{state['gateways'].decode()}")
     else:
         assert worker == ""
-    has_expiry = client.pttl(keys.state(request_id)) > 0
-    assert has_expiry == (status == "finished") == ("final" in state)
+    assert (status == "finished") == ("final" in state)
+    for key in (keys.state(request_id), keys.request(request_id), keys.tokens(request_id)):
+        assert key not in now.values or (now.ttl_ms[key] >= 0) == (status == "finished")
     if status == "finished":
-        assert client.pttl(keys.request(request_id)) > 0
-        assert not log or client.pttl(keys.tokens(request_id)) > 0
         assert decode_event(state["final"]).finish_reason is not None
-
-
-def names(values: Any) -> list[str]:
-    return [value.decode() for value in values]
-
-
-def suffixes(client: redis.Redis, prefix: str) -> list[str]:
-    return [key.decode().removeprefix(prefix) for key in client.scan_iter(f"{prefix}*", count=1000)]
+    return status
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:

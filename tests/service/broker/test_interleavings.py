@@ -1,4 +1,4 @@
-"""Random interleavings of everything that can happen, against a real server.
+"""Random interleavings of everything that can happen, against a real server. Each seed is one reproducible story.
 
 Several workers and gateways serve synthetic requests, while calls and replies get lost, leases expire under workers
 that go on (zombies), workers die, leave and come back, gateways lose their subscriptions, clients attach and abort, and
@@ -9,24 +9,11 @@ the tokens of the synthetic model; and all keys must agree with each other at an
 from __future__ import annotations
 
 import asyncio
-import itertools
-import secrets
-from typing import ClassVar
+import collections
+import random
 
 import pytest
 import redis
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    initialize,
-    invariant,
-    multiple,
-    rule,
-    run_state_machine_as_test,
-)
 from synthetic import SyntheticWorker, check_integrity, make_request, tokens_of
 
 from nibble.engine.protocol import FinishReason, TokenEvent
@@ -35,8 +22,23 @@ from nibble.service.broker.gateway_side import GatewayBroker
 from nibble.service.broker.keys import Keys
 from nibble.service.broker.token_stream import TokenStream
 
-MAX_ATTEMPTS = 3
-LOSSES = st.sampled_from([None, None, None, "call", "reply"])
+NUM_ACTIONS = 250
+MAX_ATTEMPTS = 4
+
+# How often each action is chosen, relative to the others.
+WEIGHTS = {
+    "submit": 12,
+    "step": 60,
+    "attach": 8,
+    "abort": 3,
+    "lease_expires": 2,
+    "worker_dies": 1,
+    "worker_leaves": 1,
+    "renew": 1,
+    "deadline_passes": 1,
+    "subscriptions_break": 1,
+    "time_passes": 4,
+}
 
 
 class Listener:
@@ -46,7 +48,7 @@ class Listener:
         self.stream = stream
         self.next_index = from_index
         self.final: TokenEvent | None = None
-        self.task = asyncio.ensure_future(self._listen())
+        self.task = asyncio.create_task(self._listen())
 
     async def _listen(self) -> None:
         async for event in self.stream:
@@ -61,208 +63,201 @@ class Listener:
                 self.final = event
 
 
-class Deployment(RuleBasedStateMachine):
-    url: ClassVar[str]
-    can_forget: ClassVar[bool]
+class Deployment:
+    """Two gateways, three workers, and the actions that a story is made of."""
 
-    workers: Bundle[SyntheticWorker] = Bundle("workers")
-    gateways: Bundle[GatewayBroker] = Bundle("gateways")
-    requests: Bundle[str] = Bundle("requests")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.loop = asyncio.new_event_loop()
-        self.namespace = f"test-{secrets.token_hex(4)}"
-        self.keys = Keys(self.namespace)
-        self.client = redis.Redis.from_url(self.url)
-        self.numbers = itertools.count()
+    def __init__(self, url: str, namespace: str, client: redis.Redis, rng: random.Random) -> None:
+        self.url = url
+        self.namespace = namespace
+        self.client = client
+        self.random = rng
+        self.keys = Keys(namespace)
         self.lengths: dict[str, int] = {}
         self.aborted: set[str] = set()
         self.expired: set[str] = set()
+        self.has_forgotten = False
         self.listeners: list[Listener] = []
-        self.all_gateways: list[GatewayBroker] = []
-        self.all_workers: list[SyntheticWorker] = []
+        self.gateways: list[GatewayBroker] = []
+        self.workers: list[SyntheticWorker] = []
         self.dead: list[SyntheticWorker] = []
-        self.num_crashes = 0
+        self.num_workers_made = 0
+        self.num_seen: collections.Counter[str] = collections.Counter()
 
-    def make_worker(self, worker_id: str) -> SyntheticWorker:
-        worker = SyntheticWorker(self.url, worker_id, self.namespace)
-        self.all_workers.append(worker)
-        return worker
+    async def start(self) -> None:
+        for number in range(2):
+            gateway = GatewayBroker(
+                self.url,
+                f"gateway-{number}",
+                namespace=self.namespace,
+                needs_worker=False,
+                no_worker_timeout_s=None,
+                silence_s=0.05,
+                max_attempts=MAX_ATTEMPTS,
+            )
+            self.gateways.append(gateway)
+            await gateway.start()
+        for _ in range(3):
+            self.add_worker()
 
-    async def make_gateway(self, gateway_id: str) -> GatewayBroker:
-        gateway = GatewayBroker(
-            self.url,
-            gateway_id,
-            namespace=self.namespace,
-            needs_worker=False,
-            no_worker_timeout_s=None,
-            silence_s=0.02,
-            max_attempts=MAX_ATTEMPTS,
+    def add_worker(self, worker_id: str | None = None) -> None:
+        self.num_workers_made += 1
+        name = worker_id or f"worker-{self.num_workers_made}"
+        self.workers.append(SyntheticWorker(self.url, name, self.namespace))
+
+    def any_request(self) -> str:
+        """One of the last few: older ones have mostly ended."""
+        return self.random.choice(list(self.lengths)[-8:])
+
+    async def act(self) -> None:
+        (name,) = self.random.choices(list(WEIGHTS), WEIGHTS.values())
+        if self.lengths or name == "submit":
+            self.num_seen[name] += 1
+            await getattr(self, name)()
+
+    async def submit(self) -> None:
+        request_id = f"request-{len(self.lengths)}"
+        self.lengths[request_id] = self.random.randint(1, 25)
+        request = make_request(
+            request_id, self.lengths[request_id], priority=self.random.randint(-1, 1), deadline_s=4e9
         )
-        await gateway.start()
-        self.all_gateways.append(gateway)
-        return gateway
+        stream = await self.random.choice(self.gateways).submit(request)
+        self.listeners.append(Listener(stream, 0))
 
-    @initialize(target=gateways)
-    def start_gateways(self):
-        return multiple(*(self.loop.run_until_complete(self.make_gateway(f"gateway-{n}")) for n in range(2)))
+    async def step(self) -> None:
+        worker = self.random.choice(self.workers)
+        worker.generate(
+            [name for name in sorted(worker.running) if self.random.random() < 0.7], self.random.randint(1, 3)
+        )
+        lost = self.random.choices([None, "call", "reply"], [8, 1, 1])[0]
+        worker.link.lose_next = lost
+        try:
+            worker.exchange(self.random.randint(0, 3))
+            assert lost is None
+        except BrokerUnavailable:
+            assert lost is not None
+            self.num_seen[f"lost {lost}"] += 1
 
-    @initialize(target=workers)
-    def start_workers(self):
-        return multiple(*(self.make_worker(f"worker-{n}") for n in range(3)))
-
-    @rule(target=requests, gateway=gateways, length=st.integers(1, 12), priority=st.integers(-1, 1))
-    def submit(self, gateway, length, priority):
-        request_id = f"request-{next(self.numbers)}"
-        self.lengths[request_id] = length
-        request = make_request(request_id, max_tokens=length, priority=priority, deadline_s=4e9)
-        stream = self.loop.run_until_complete(gateway.submit(request))
-        self.listen(stream, 0)
-        return request_id
-
-    def listen(self, stream, from_index):
-        async def start():
+    async def attach(self) -> None:
+        request_id, from_index = self.any_request(), self.random.choice([0, 0, 1, 7, 30])
+        try:
+            stream = await self.random.choice(self.gateways).attach(request_id, from_index)
+        except UnknownRequest:
+            assert self.has_forgotten
+        else:
             self.listeners.append(Listener(stream, from_index))
 
-        self.loop.run_until_complete(start())
+    async def abort(self) -> None:
+        request_id = self.any_request()
+        self.aborted.add(request_id)
+        await self.random.choice(self.gateways).abort(request_id)
 
-    @rule(worker=workers, data=st.data(), num_tokens=st.integers(1, 4), capacity=st.integers(0, 3), lost=LOSSES)
-    def step(self, worker, data, num_tokens, capacity, lost):
-        if worker.running:
-            worker.generate(data.draw(st.sets(st.sampled_from(sorted(worker.running)))), num_tokens)
-        worker.link.lose_next = lost
-        if lost:
-            with pytest.raises(BrokerUnavailable):
-                worker.exchange(capacity)
-        else:
-            worker.exchange(capacity)
+    async def lease_expires(self) -> None:
+        """The worker does not know: it is dead for all others, and a zombie when it steps again."""
+        self.client.zadd(self.keys.leases, {self.random.choice(self.workers).name: 1}, xx=True)
 
-    @rule(worker=workers)
-    def lease_expires(self, worker):
-        """The worker does not know: it is dead for all others, and a zombie if it steps again."""
-        self.num_crashes += 1
-        self.client.zadd(self.keys.leases, {worker.name: 1}, xx=True)
-
-    @rule(target=workers, worker=consumes(workers), same_name=st.booleans())
-    def worker_dies(self, worker, same_name):
-        """For good. Its lease runs on; a successor of the same name need not wait for its end."""
-        self.num_crashes += 1
+    async def worker_dies(self) -> None:
+        """For good. Its lease may run on; a successor of the same name need not wait for its end."""
+        worker = self.workers.pop(self.random.randrange(len(self.workers)))
         self.dead.append(worker)
-        return self.make_worker(worker.info.worker_id if same_name else f"worker-{next(self.numbers)}")
+        self.add_worker(self.random.choice([None, worker.info.worker_id]))
 
-    @rule(target=workers, worker=consumes(workers))
-    def worker_leaves(self, worker):
+    async def worker_leaves(self) -> None:
+        worker = self.workers.pop(self.random.randrange(len(self.workers)))
         worker.broker.close()
-        return self.make_worker(worker.info.worker_id)
+        self.add_worker()
 
-    @rule(gateway=gateways, request=requests, from_index=st.integers(0, 14))
-    def attach(self, gateway, request, from_index):
-        try:
-            stream = self.loop.run_until_complete(gateway.attach(request, from_index))
-        except UnknownRequest:
-            assert self.can_forget
-            return
-        self.listen(stream, from_index)
+    async def renew(self) -> None:
+        self.random.choice(self.workers).broker.renew()
 
-    @rule(gateway=gateways, request=requests)
-    def abort(self, gateway, request):
-        self.aborted.add(request)
-        self.loop.run_until_complete(gateway.abort(request))
+    async def deadline_passes(self) -> None:
+        request_id = self.any_request()
+        self.expired.add(request_id)
+        self.client.zadd(self.keys.deadlines, {request_id: 1}, xx=True)
 
-    @rule(request=requests)
-    def deadline_passes(self, request):
-        if self.client.zadd(self.keys.deadlines, {request: 1}, xx=True, ch=True):
-            self.expired.add(request)
+    async def subscriptions_break(self) -> None:
+        for entry in self.client.client_list(_type="pubsub"):
+            self.client.client_kill_filter(_id=entry["id"])
 
-    @rule(worker=workers)
-    def renew(self, worker):
-        worker.broker.renew()
+    async def time_passes(self) -> None:
+        await asyncio.sleep(0.01)
 
-    @rule()
-    def subscriptions_break(self):
-        self.client.client_kill_filter(_type="pubsub")
+    async def server_forgets_everything(self) -> None:
+        self.has_forgotten = True
+        keys = list(self.client.scan_iter(f"{self.keys.root}*", count=1000))
+        if keys:
+            self.client.delete(*keys)
 
-    @rule()
-    def time_passes(self):
-        self.loop.run_until_complete(asyncio.sleep(0.005))
-
-    @rule()
-    def server_forgets_everything(self):
-        if self.can_forget:
-            for key in self.client.scan_iter(f"{self.keys.root}*", count=1000):
-                self.client.delete(key)
-
-    @invariant()
-    def keys_agree(self):
+    async def check(self) -> None:
+        await asyncio.sleep(0)
         check_integrity(self.client, self.namespace)
         for listener in self.listeners:
             if listener.task.done():
                 listener.task.result()
 
-    def teardown(self):
-        try:
-            self.loop.run_until_complete(self.finish())
-        finally:
-            self.loop.run_until_complete(self.close())
-            self.loop.close()
-            self.client.close()
-
-    async def finish(self):
+    async def finish(self) -> None:
         """All live workers go on until each stream has ended; the leases of the dead run out."""
-        workers = [worker for worker in self.all_workers if worker.link.is_open and worker not in self.dead]
         for worker in self.dead:
             self.client.zadd(self.keys.leases, {worker.name: 1}, xx=True)
         async with asyncio.timeout(20):
             while not all(listener.task.done() for listener in self.listeners):
-                for worker in workers:
+                for worker in self.workers:
                     worker.step(num_tokens=2)
                 await asyncio.sleep(0.001)
         for listener in self.listeners:
             listener.task.result()
             self.check_end(listener)
-        for _ in range(3):
-            for worker in workers:
+        while any(worker.running or worker.events for worker in self.workers):  # requests that nobody listens to
+            for worker in self.workers:
                 worker.step()
         check_integrity(self.client, self.namespace)
         assert (self.client.zcard(self.keys.queue), self.client.zcard(self.keys.suspects)) == (0, 0)
 
-    def check_end(self, listener):
+    def check_end(self, listener: Listener) -> None:
         request_id, final = listener.stream.request_id, listener.final
         assert final is not None, "ended in silence"
         if final.finish_reason is FinishReason.LENGTH:
             assert listener.next_index == self.lengths[request_id]
+            self.num_seen["served"] += 1
         elif final.finish_reason is FinishReason.ABORT:
             assert request_id in self.aborted
         elif "deadline" in (final.error or ""):
             assert request_id in self.expired
         else:
             assert "given up" in (final.error or "")
-            assert self.num_crashes >= MAX_ATTEMPTS
+            self.num_seen["given up"] += 1
 
-    async def close(self):
+    async def close(self) -> None:
         for listener in self.listeners:
             listener.task.cancel()
         await asyncio.gather(*(listener.task for listener in self.listeners), return_exceptions=True)
-        for gateway in self.all_gateways:
+        for gateway in self.gateways:
             await gateway.close()
-        for worker in self.all_workers:
-            if worker.link.is_open:
-                worker.broker.close()
-        for key in self.client.scan_iter(f"{self.keys.root}*", count=1000):
-            self.client.delete(key)
+        for worker in self.workers + self.dead:
+            worker.broker.close()
 
 
-@pytest.mark.parametrize("can_forget", [False, True])
-def test_every_request_ends_once_with_exactly_its_tokens(redis_url, can_forget):
-    machine = type("BoundDeployment", (Deployment,), {"url": redis_url, "can_forget": can_forget})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=30,
-            stateful_step_count=40,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+async def tell(deployment: Deployment, forget_every: int | None) -> None:
+    await deployment.start()
+    try:
+        for number in range(NUM_ACTIONS):
+            await deployment.act()
+            if forget_every is not None and number % forget_every == forget_every - 1:
+                await deployment.server_forgets_everything()
+            await deployment.check()
+        await deployment.finish()
+    finally:
+        await deployment.close()
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_every_request_ends_once_with_exactly_its_tokens(redis_url, namespace, redis_client, seed):
+    deployment = Deployment(redis_url, namespace, redis_client, random.Random(seed))
+    await tell(deployment, forget_every=None)
+    assert deployment.num_seen["served"] >= 5
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_every_request_ends_once_though_the_server_forgets(redis_url, namespace, redis_client, seed):
+    deployment = Deployment(redis_url, namespace, redis_client, random.Random(1000 + seed))
+    await tell(deployment, forget_every=60)
+    assert deployment.num_seen["served"] >= 5

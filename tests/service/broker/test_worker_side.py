@@ -263,6 +263,24 @@ async def test_appends_after_a_hand_back_are_refused(make_gateway, make_worker):
     assert (exchange.dropped, exchange.num_fenced) == (["request"], 1)
 
 
+async def test_event_of_an_earlier_attempt_is_refused_from_the_same_worker(
+    make_gateway, make_worker, redis_client, keys
+):
+    gateway, zombie, other = await make_gateway(), make_worker("zombie"), make_worker("other")
+    await gateway.submit(make_request("request", max_tokens=9))
+    zombie.exchange()
+    redis_client.zadd(keys.leases, {zombie.name: 1})
+    other.exchange(capacity=0)  # the request is back in the queue
+    zombie.link.lose_next = "reply"  # of its new assignment: it still generates for the old one
+    with pytest.raises(BrokerUnavailable):
+        zombie.exchange()
+    zombie.generate(num_tokens=2)
+    exchange = zombie.exchange()
+    assert read_log(redis_client, keys, "request") == []
+    assert (exchange.dropped, exchange.num_fenced) == (["request"], 1)
+    assert [(a.attempt, a.generated_token_ids) for a in exchange.assignments] == [(2, [])]
+
+
 async def test_renew_keeps_a_lease_and_tells_when_it_is_lost(make_worker, redis_client, keys):
     worker = make_worker(lease_s=5)
     assert worker.broker.renew() is False
