@@ -7,7 +7,6 @@ that somebody at the terminal can do something about is one line on stderr, neve
 from __future__ import annotations
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -107,6 +106,8 @@ def convert(
 @app.command("version")
 def print_version() -> None:
     """Print the version."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         typer.echo(f"nibble {version('nibble')}")
     except PackageNotFoundError:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nibble.service.broker.gateway_side import GatewayBroker
 from nibble.service.launcher.broker_server import BrokerServer
 from nibble.service.launcher.plan import GATEWAY, Model, Plan
 from nibble.service.launcher.process import ChildProcess
@@ -24,6 +25,8 @@ class Row:
 
 async def process_rows(plan: Plan, broker: BrokerServer, children: Sequence[ChildProcess]) -> list[Row]:
     """The gateway, the workers with the device that they told the broker, and the broker's server."""
+    from nibble.service.broker.gateway_side import GatewayBroker  # 0.2 s that the children need not wait for
+
     connection = GatewayBroker(broker.url, f"launcher-{os.getpid()}", namespace=plan.settings.namespace)
     await connection.start()
     try:
@@ -73,5 +76,15 @@ def _examples(plan: Plan, model: Model) -> list[str]:
         '      messages=[{"role": "user", "content": "Hello!"}])',
         "  print(answer.choices[0].message.content)",
     ]
-    chat = f"  nibble chat --url {plan.address.url}"
+    chat = f"  {_command()} chat --url {plan.address.url}"
     return [*(line for line in curl if line), "", *python, "", chat, "", "Ctrl-C stops the service."]
+
+
+def _command() -> str:
+    """How the `nibble` command is called from where the user is."""
+    script = Path(sys.executable).with_name("nibble")
+    if shutil.which("nibble") is not None:
+        return "nibble"
+    if not script.exists():
+        return f"{sys.executable} -m nibble.cli"
+    return min(str(script), os.path.relpath(script), key=len)
