@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -125,6 +127,16 @@ def test_idle_worker_reports_no_running_sequence(service: RunningService) -> Non
         for _ in zip(range(10), cancelled, strict=False):
             pass
     wait_until(lambda: service.running_sequences() == 0, 2.0)
+
+
+def test_terminal_chat_shows_the_same_text(service: RunningService) -> None:
+    with service.client() as client:
+        expected = complete(client, request("Tell me about the sea.", max_tokens=20)).text
+    command = [sys.executable, "-m", "nibble.cli", "chat", "--url", service.url, "--temperature=0", "--max-tokens=20"]
+    shown = subprocess.run(
+        command, input="Tell me about the sea.\n", capture_output=True, text=True, timeout=60, check=True
+    )
+    assert f"> {expected}\n" in shown.stdout
 
 
 @pytest.mark.parametrize(

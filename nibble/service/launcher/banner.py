@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nibble.service.broker.errors import BrokerError
 from nibble.service.launcher.broker_server import BrokerServer
 from nibble.service.launcher.plan import GATEWAY, Model, Plan
 from nibble.service.launcher.process import ChildProcess
@@ -29,13 +30,16 @@ async def process_rows(plan: Plan, broker: BrokerServer, children: Sequence[Chil
 
     connection = GatewayBroker(broker.url, f"launcher-{os.getpid()}", namespace=plan.settings.namespace)
     await connection.start()
+    devices: dict[str, str] = {}
     try:
         devices = {worker.worker_id: worker.device for worker in (await connection.status()).workers}
+    except BrokerError:
+        pass  # the server is just being started again
     finally:
         await connection.close()
     rows = []
     for child in children:
-        device = devices.get(child.spec.environment.get("NIBBLE_WORKER_ID", ""), "still loading")
+        device = devices.get(child.spec.environment.get("NIBBLE_WORKER_ID", ""), "loading")
         rows.append(Row(child.name, plan.address.url if child.name == GATEWAY else device, child.pid))
     return [*rows, Row("valkey", broker.where, broker.pid)]
 

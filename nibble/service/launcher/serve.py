@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import http.client
 import os
+import signal
 import sys
 import time
 
@@ -34,6 +35,8 @@ _READY_TIMEOUT_S = 1.0
 def serve(settings: LauncherSettings) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP. Raises LaunchError and SettingsError; nothing is left running then."""
     begin_s = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # until the supervisor takes over: end a download in order
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     plan = Plan.make(settings, os.environ)
     directory, name = locate_model(settings.model_dir, settings.cache_dir, Console(stderr=True))
     model = Model(directory, settings.model_name or name)
