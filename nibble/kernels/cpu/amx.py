@@ -19,7 +19,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from nibble.kernels.cpu import simd
-from nibble.kernels.cpu.simd import I8, I32X16, LANES, shuffle, splat_i32, vector
+from nibble.kernels.cpu.simd import F32X16, I8, I32X16, LANES, shuffle, splat_i32, vector
 
 TILE = 16  # rows of a tile, and columns of fp32
 TILE_DEPTH = 32  # bf16 values of a tile row
@@ -144,6 +144,16 @@ def store_bfloat16(typingctx: Any, address: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.intp, vector), codegen
+
+
+@intrinsic
+def load_bfloat16(typingctx: Any, address: Any) -> Any:
+    """16 bf16 at an address, as float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(simd.load_at(builder, args[0], BF16X16), F32X16)
+
+    return vector(types.intp), codegen
 
 
 def bfloat16_pairs(builder: Any, low: Any, high: Any) -> Any:

@@ -29,6 +29,7 @@ from nibble.kernels.cpu import (
     rope,
     sample,
     silu_and_mul,
+    tile_attention,
 )
 from nibble.kernels.cpu.thread_pool import ThreadPool
 from nibble.kernels.cpu.warm_up import warm_up
@@ -134,19 +135,14 @@ class CPUKernels:
     ) -> Array:
         kv_columns = 2 * layout.num_kv_heads * layout.head_dim
         out = np.empty((len(qkv), qkv.shape[1] - kv_columns), np.float32)
-        paged_attention.paged_attention(
-            self._pool,
-            paged_attention.chunk_function.address,
-            qkv,
-            kv_cache,
-            batch.query_starts,
-            batch.context_lens,
-            batch.block_tables,
-            layout.num_kv_heads,
-            layout.head_dim,
-            layout.dtype is KVDtype.FP16,
-            out,
-        )
+        shape = (layout.num_kv_heads, layout.head_dim, layout.dtype is KVDtype.FP16)
+        sequences = (batch.query_starts, batch.context_lens, batch.block_tables)
+        if mode is Mode.PREFILL and self._tile_config is not None and layout.head_dim % amx.TILE_DEPTH == 0:
+            function, config = tile_attention.chunk_function.address, self._tile_config
+            tile_attention.tile_attention(self._pool, function, config, qkv, kv_cache, *sequences, *shape, out)
+        else:
+            function = paged_attention.chunk_function.address
+            paged_attention.paged_attention(self._pool, function, qkv, kv_cache, *sequences, *shape, out)
         return out
 
     def silu_and_mul(self, gate_up: Array) -> Array:

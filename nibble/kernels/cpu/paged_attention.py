@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray
 from numba.core import types
 from numba.extending import intrinsic
@@ -26,7 +25,7 @@ SPLIT_TOKENS = 4 * BLOCK_SIZE
 TOKENS = LANES  # tokens whose scores make one vector
 NUM_ARGUMENTS = 16
 PARAMETER_BYTES = 4  # (scale, zero) fp16
-MASKED = np.float32(-3.0e38)  # below every score, and finite: differences stay numbers
+MASKED = np.float32(simd.MASKED)
 
 
 @intrinsic
@@ -57,19 +56,6 @@ def weighted_sum(typingctx: Any, total: Any, weights: Any, address: Any, stride:
         return total
 
     return vector(vector, types.intp, types.intp, types.intp), codegen
-
-
-@intrinsic
-def mask_from(typingctx: Any, scores: Any, count: Any) -> Any:
-    """scores with lanes count.. replaced by MASKED."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes = ir.Constant(ir.VectorType(ir.IntType(64), LANES), list(range(LANES)))
-        first = builder.insert_element(ir.Constant(lanes.type, ir.Undefined), args[1], ir.IntType(32)(0))
-        limit = simd.shuffle(builder, first, first, [0] * LANES)
-        return builder.select(builder.icmp_signed("<", lanes, limit), args[0], simd.splat_f32(float(MASKED)))
-
-    return vector(vector, types.int64), codegen
 
 
 @inline_jit
@@ -104,7 +90,7 @@ def _attend(q, keys, values, count, group, head_dim, partial):
         sums = simd.zeros(TOKENS)
         for place in range(0, row_bytes, VECTOR_BYTES):
             sums = dot_products(sums, simd.load(q + place), keys + place, row_bytes)
-        scores = mask_from(simd.sum_all(sums), count)
+        scores = simd.mask_from(simd.sum_all(sums), count)
         largest = simd.float32_at(partial + row_bytes)
         total = simd.float32_at(partial + row_bytes + 4)
         new_largest = max(largest, simd.max_of(scores))

@@ -21,6 +21,7 @@ from nibble.kernels.cpu.jit import inline_jit
 
 LANES = 16
 VECTOR_BYTES = 4 * LANES
+MASKED = -3.0e38  # an attention score below all others, and finite: differences stay numbers
 
 F32 = ir.FloatType()
 F16 = ir.HalfType()
@@ -384,6 +385,19 @@ def sum_all(typingctx: Any, sums: Any) -> Any:
         return sum_lanes(builder, unpack_tuple(builder, args[0], len(sums)))
 
     return vector(sums), codegen
+
+
+@intrinsic
+def mask_from(typingctx: Any, scores: Any, count: Any) -> Any:
+    """scores with lanes count.. replaced by MASKED."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = ir.Constant(ir.VectorType(ir.IntType(64), LANES), list(range(LANES)))
+        first = builder.insert_element(ir.Constant(lanes.type, ir.Undefined), args[1], I32(0))
+        limit = shuffle(builder, first, first, [0] * LANES)
+        return builder.select(builder.icmp_signed("<", lanes, limit), args[0], splat_f32(MASKED))
+
+    return vector(vector, types.int64), codegen
 
 
 @intrinsic
