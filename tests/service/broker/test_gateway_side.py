@@ -7,7 +7,7 @@ import pytest
 from synthetic import SyntheticWorker, make_request, tokens_of, until
 
 from nibble.engine.protocol import FinishReason, RequestMetrics, TokenEvent
-from nibble.service.broker.errors import DuplicateRequest, NoWorker, QueueFull, UnknownRequest
+from nibble.service.broker.errors import BrokerUnavailable, DuplicateRequest, NoWorker, QueueFull, UnknownRequest
 from nibble.service.broker.gateway_side import GatewayBroker
 from nibble.service.broker.token_stream import TokenStream
 
@@ -293,17 +293,21 @@ async def test_closed_gateway_ends_its_streams_but_not_their_requests(make_gatew
     assert tokens(await collect(attached)) == tokens_of("request", 0, 4)
 
 
-async def test_cancelled_submit_does_not_leave_a_request_behind(make_gateway, redis_client, keys):
+@pytest.mark.parametrize("loss", [BrokerUnavailable("lost on the way back"), asyncio.CancelledError()])
+async def test_submit_whose_reply_is_lost_leaves_no_request_behind(make_gateway, redis_client, keys, monkeypatch, loss):
     gateway = await make_gateway()
-    task = asyncio.create_task(gateway.submit(make_request("request")))
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    await until(lambda: not gateway._checker.pending_aborts)
-    assert redis_client.zcard(keys.queue) == 0
+    submit = gateway._calls.submit
+
+    async def submit_and_lose_the_reply(request, nonce):
+        await submit(request, nonce)
+        raise loss
+
+    monkeypatch.setattr(gateway._calls, "submit", submit_and_lose_the_reply)
+    with pytest.raises(type(loss)):
+        await gateway.submit(make_request("request"))
     assert len(gateway._streams) == 0
+    await until(lambda: redis_client.zcard(keys.queue) == 0)
+    await until(lambda: not gateway._checker.pending_aborts)
 
 
 async def test_finished_streams_leave_the_table(make_gateway, make_worker):
