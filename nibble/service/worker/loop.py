@@ -107,6 +107,8 @@ class WorkerLoop:
             self._add(assignment)
         self.metrics.recovered.inc(exchange.num_recovered)
         self.metrics.fenced.inc(exchange.num_fenced)
+        self.metrics.quarantined.inc(exchange.num_quarantined)
+        self.metrics.expired.inc(exchange.num_expired)
         return True
 
     def _add(self, assignment: Assignment) -> None:

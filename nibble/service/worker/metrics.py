@@ -27,6 +27,10 @@ class WorkerMetrics:
         self.nonfinite = self._counter("nibble_nonfinite_logits_total", "Requests ended by NaN or Inf logits")
         self.recovered = self._counter("nibble_recovered_requests_total", "Requests taken over from another worker")
         self.fenced = self._counter("nibble_fenced_appends_total", "Appends refused because the request moved on")
+        self.quarantined = self._counter(
+            "nibble_quarantined_requests_total", "Requests given up after too many lost workers"
+        )
+        self.expired = self._counter("nibble_expired_requests_total", "Requests ended by their deadline")
         self.bandwidth_utilization = self._gauge(
             "nibble_bandwidth_utilization_ratio",
             "Bytes the last step had to read / its time / the device's measured read bandwidth",
