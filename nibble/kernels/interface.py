@@ -57,7 +57,7 @@ class Int8Weight:
 
     values: Array  # int8 (out_features, in_features)
     scales: Array  # float16 (out_features, in_features // group_size)
-    group_size: int  # divides in_features; in_features itself means one scale per row
+    group_size: int  # a multiple of 16 that divides in_features; in_features itself means one scale per row
 
     @property
     def out_features(self) -> int:
@@ -194,5 +194,5 @@ class Kernels(Protocol):
         prefix whose sum is >= top_p, then to those with p >= min_p * max(p); at least one stays. The token is the first
         candidate whose running sum exceeds u * (sum of the candidates), with u in [0, 1) from the first 32-bit word
         (its upper 24 bits) of Philox4x32-10, key = seed (low word, high word), counter = (position low, position
-        high, 0, 0). A row with a NaN, or without a finite logit, gives -1.
+        high, 0, 0). A row with a NaN or +inf, or without a finite logit, gives -1.
         """

@@ -31,6 +31,7 @@ from nibble.kernels.layout import FRAGMENT, TILE_COLUMNS, TILE_ROWS
 
 ROW_FRAGMENTS = TILE_ROWS // FRAGMENT
 FRAGMENT_BYTES = FRAGMENT * FRAGMENT // 2
+PREFETCH_BYTES = 2048  # how far ahead of its arithmetic a thread asks for words: half a tile
 NUM_ARGUMENTS = 10
 MIN_CHUNKS = 32  # a job is cut this fine, so that 2 threads end within 3 % of each other
 
@@ -44,6 +45,8 @@ def _few_tokens(tokens, words, scales, num_groups, group_size, x, x_stride, tota
         for _ in range(group_size // FRAGMENT):
             low = accumulate(low, low_scales, words, x, x_stride)
             high = accumulate(high, high_scales, words + VECTOR_BYTES, x, x_stride)
+            simd.prefetch(words + PREFETCH_BYTES)
+            simd.prefetch(words + PREFETCH_BYTES + VECTOR_BYTES)
             words += FRAGMENT_BYTES
             x += VECTOR_BYTES
         scales += TILE_ROWS * SCALE_BYTES

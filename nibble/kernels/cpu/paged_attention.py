@@ -1,9 +1,9 @@
 """Attention of each query over its sequence's blocks in DECODE mode: split over the context, then combined.
 
 The work is cut into (query row, kv head, split of SPLIT_TOKENS positions). All query heads of a kv head share the
-dequantised keys and values of 16 tokens at a time; softmax is online (Milakov and Gimelshein, 2018) and the splits are
-combined in order ("Flash-Decoding", 2023). Splits lie at fixed positions and every row is computed by itself, so that
-results are batch-invariant bit for bit. Keys, values, softmax and sums are fp32.
+dequantised keys and values of 16 tokens at a time; softmax is online, block by block (Milakov and Gimelshein, 2018),
+and the splits are combined in order ("Flash-Decoding", 2023). Splits lie at fixed positions and every row is computed
+by itself, so that results are batch-invariant bit for bit. Keys, values, softmax and sums are fp32.
 """
 
 from __future__ import annotations
@@ -44,18 +44,25 @@ def dot_products(typingctx: Any, sums: Any, q: Any, address: Any, stride: Any) -
 
 
 @intrinsic
-def weighted_sum(typingctx: Any, total: Any, weights: Any, address: Any, stride: Any) -> Any:
-    """total + the sum over 16 tokens of weight t (float32 at weights) times the 16 floats at address + t * stride."""
+def weighted_sums(typingctx: Any, sums: Any, weights: Any, address: Any, stride: Any) -> Any:
+    """sums (4 vectors) + 16 tokens' 32 floats at address, stride bytes apart, times their weights (float32 at weights).
+
+    Even and odd tokens are added apart (vectors 0, 1 and 2, 3), so that additions do not wait for each other.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        total, weights, place, stride = args
+        accumulators = simd.unpack_tuple(builder, args[0], len(sums))
+        place = args[2]
         for t in range(TOKENS):
-            weight = simd.splat(builder, load_at(builder, weights, F32, 4 * t))
-            total = simd.call_fma(builder, weight, load_at(builder, place, F32X16, align=4), total)
-            place = builder.add(place, stride)
-        return total
+            weight = simd.splat(builder, load_at(builder, args[1], F32, 4 * t))
+            for half in range(2):
+                values = load_at(builder, place, F32X16, half * VECTOR_BYTES, align=4)
+                i = 2 * (t % 2) + half
+                accumulators[i] = simd.call_fma(builder, weight, values, accumulators[i])
+            place = builder.add(place, args[3])
+        return context.make_tuple(builder, sums, accumulators)
 
-    return vector(vector, types.intp, types.intp, types.intp), codegen
+    return sums(sums, types.intp, types.intp, types.intp), codegen
 
 
 @inline_jit
@@ -79,31 +86,73 @@ def _dequantize(values, parameters, count, head_dim, is_float16, out):
 
 
 @inline_jit
-def _attend(q, keys, values, count, group, head_dim, partial):
-    """One query row's `group` heads over 16 dequantised tokens; partial (group, D + 2 lanes) is updated in place.
-
-    A head's partial is its sum of values (D), then largest score and sum of weights, a vector each.
-    """
+def _scores(q, keys, group, head_dim, scores):
+    """Each head's 16 scores over 16 dequantised keys; a head's row of scores is a block's, 64 floats."""
     row_bytes = head_dim * 4
-    weights = np.empty(TOKENS, np.float32)
-    for _ in range(group):
+    for head in range(group):
         sums = simd.zeros(TOKENS)
         for place in range(0, row_bytes, VECTOR_BYTES):
-            sums = dot_products(sums, simd.load(q + place), keys + place, row_bytes)
-        scores = simd.mask_from(simd.sum_all(sums), count)
+            sums = dot_products(sums, simd.load(q + head * row_bytes + place), keys + place, row_bytes)
+        simd.store(scores + head * BLOCK_SIZE * 4, simd.sum_all(sums))
+
+
+@inline_jit
+def _softmax(scores, count, group, head_dim, partial):
+    """Turn each head's scores of a block's first `count` tokens into weights; updates its partial's maximum and sum."""
+    row_bytes = head_dim * 4
+    for _ in range(group):
+        best = simd.broadcast(MASKED)
+        for t in range(0, count, TOKENS):
+            score = simd.mask_from(simd.load(scores + t * 4), count - t)
+            simd.store(scores + t * 4, score)
+            best = simd.at_least(score, best)
         largest = simd.float32_at(partial + row_bytes)
-        total = simd.float32_at(partial + row_bytes + 4)
-        new_largest = max(largest, simd.max_of(scores))
-        p = simd.exp_or_zero(scores - simd.broadcast(new_largest))
+        new_largest = max(largest, simd.max_of(best))
+        total = simd.broadcast(np.float32(0))
+        for t in range(0, count, TOKENS):
+            weight = simd.exp_or_zero(simd.load(scores + t * 4) - simd.broadcast(new_largest))
+            simd.store(scores + t * 4, weight)
+            total = total + weight
         correction = simd.exp(simd.broadcast(largest - new_largest))
-        simd.store(weights.ctypes.data, p)
+        old_total = simd.float32_at(partial + row_bytes + 4) * simd.first_of(correction)
         simd.store_float32(partial + row_bytes, new_largest)
-        simd.store_float32(partial + row_bytes + 4, total * simd.first_of(correction) + simd.sum_of(p))
+        simd.store_float32(partial + row_bytes + 4, old_total + simd.sum_of(total))
         for place in range(0, row_bytes, VECTOR_BYTES):
-            old = simd.load(partial + place) * correction
-            simd.store(partial + place, weighted_sum(old, weights.ctypes.data, values + place, row_bytes))
-        q += row_bytes
+            simd.store(partial + place, simd.load(partial + place) * correction)
+        scores += BLOCK_SIZE * 4
         partial += row_bytes + VECTOR_BYTES
+
+
+@inline_jit
+def _add_values(weights, values, group, head_dim, partial):
+    """Add 16 dequantised values, times each head's weights, to its partial."""
+    row_bytes = head_dim * 4
+    for _ in range(group):
+        for place in range(0, row_bytes, 2 * VECTOR_BYTES):
+            sums = weighted_sums(simd.zeros(4), weights, values + place, row_bytes)
+            simd.store(partial + place, simd.load(partial + place) + (sums[0] + sums[2]))
+            high = partial + place + VECTOR_BYTES
+            simd.store(high, simd.load(high) + (sums[1] + sums[3]))
+        weights += BLOCK_SIZE * 4
+        partial += row_bytes + VECTOR_BYTES
+
+
+@inline_jit
+def _block(q, head_block, count, group, head_dim, is_float16, scratch, scores, partial):
+    """One query row's `group` heads over the first `count` tokens of a block."""
+    token_bytes = head_dim * 2 if is_float16 else head_dim
+    parameters = head_block + 2 * BLOCK_SIZE * head_dim
+    for t in range(0, count, TOKENS):
+        tokens = min(TOKENS, count - t)
+        place = parameters + t * PARAMETER_BYTES
+        _dequantize(head_block + t * token_bytes, place, tokens, head_dim, is_float16, scratch)
+        _scores(q, scratch, group, head_dim, scores + t * 4)
+    _softmax(scores, count, group, head_dim, partial)
+    for t in range(0, count, TOKENS):
+        tokens = min(TOKENS, count - t)
+        place = parameters + (BLOCK_SIZE + t) * PARAMETER_BYTES
+        _dequantize(head_block + (BLOCK_SIZE + t) * token_bytes, place, tokens, head_dim, is_float16, scratch)
+        _add_values(scores + t * 4, scratch, group, head_dim, partial)
 
 
 @inline_jit
@@ -112,30 +161,21 @@ def _split(a, row, split, head):
     visible = simd.int32_at(a[3] + row * 4)
     sequence = simd.int32_at(a[2] + row * 4)
     group, head_dim, is_float16 = a[7], a[8], a[9]
-    token_bytes = head_dim * 2 if is_float16 else head_dim
-    scaled_q = np.empty(group * head_dim + LANES, np.float32)
+    buffer = np.empty((group + TOKENS) * head_dim * 4 + group * BLOCK_SIZE * 4 + VECTOR_BYTES, np.uint8)
+    scratch = -(-buffer.ctypes.data // VECTOR_BYTES) * VECTOR_BYTES
+    scores = scratch + TOKENS * head_dim * 4
+    scaled_q = scores + group * BLOCK_SIZE * 4
     factor = simd.broadcast(np.float32(1) / np.sqrt(np.float32(head_dim)))
     q = a[0] + row * a[1] + head * group * head_dim * 4
     for place in range(0, group * head_dim * 4, VECTOR_BYTES):
-        simd.store(scaled_q.ctypes.data + place, simd.load(q + place) * factor)
-    buffer = np.empty(2 * TOKENS * head_dim + LANES, np.float32)
-    keys = -(-buffer.ctypes.data // VECTOR_BYTES) * VECTOR_BYTES
-    values = keys + TOKENS * head_dim * 4
+        simd.store(scaled_q + place, simd.load(q + place) * factor)
     partial = a[13] + ((simd.int64_at(a[12] + row * 8) + split) * a[6] + head) * group * (head_dim * 4 + VECTOR_BYTES)
     _start(partial, group, head_dim)
-    for token in range(split * SPLIT_TOKENS, min((split + 1) * SPLIT_TOKENS, visible), TOKENS):
+    for token in range(split * SPLIT_TOKENS, min((split + 1) * SPLIT_TOKENS, visible), BLOCK_SIZE):
         block = simd.int32_at(a[4] + (sequence * a[5] + token // BLOCK_SIZE) * 4)
         head_block = a[10] + (block * a[6] + head) * a[11]
-        offset = token % BLOCK_SIZE
-        count = min(TOKENS, visible - token)
-        parameters = head_block + 2 * BLOCK_SIZE * head_dim + offset * PARAMETER_BYTES
-        data = head_block + offset * token_bytes
-        _dequantize(data, parameters, count, head_dim, is_float16, keys)
-        data += BLOCK_SIZE * token_bytes
-        parameters += BLOCK_SIZE * PARAMETER_BYTES
-        _dequantize(data, parameters, count, head_dim, is_float16, values)
-        _attend(scaled_q.ctypes.data, keys, values, count, group, head_dim, partial)
-    simd.keep_alive(scaled_q)
+        count = min(BLOCK_SIZE, visible - token)
+        _block(scaled_q, head_block, count, group, head_dim, is_float16, scratch, scores, partial)
     simd.keep_alive(buffer)
 
 

@@ -240,6 +240,20 @@ def store_float32(typingctx: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address, which may lie anywhere."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], I8.as_pointer())
+        function_type = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # a read, into all levels, of data
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
+
+
+@intrinsic
 def keep_alive(typingctx: Any, array: Any) -> Any:
     """Numba frees an array after its last use, and its address in an integer is none: use it once more."""
 
@@ -323,6 +337,16 @@ def first_of(typingctx: Any, value: Any) -> Any:
 
 
 @intrinsic
+def lane(typingctx: Any, value: Any, index: Any) -> Any:
+    """One lane, by number."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.extract_element(args[0], args[1])
+
+    return types.float32(vector, types.int64), codegen
+
+
+@intrinsic
 def sum_of(typingctx: Any, value: Any) -> Any:
     """The sum of the lanes, in a fixed order."""
 
@@ -330,20 +354,6 @@ def sum_of(typingctx: Any, value: Any) -> Any:
         return builder.extract_element(sum_lanes(builder, [args[0]]), I32(0))
 
     return types.float32(vector), codegen
-
-
-def _reduction(name: str) -> Any:
-    def typed(typingctx: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return call_intrinsic(builder, name, F32, *args)
-
-        return types.float32(vector), codegen
-
-    return intrinsic(typed)
-
-
-max_of = _reduction("llvm.vector.reduce.fmax.v16f32")
-min_of = _reduction("llvm.vector.reduce.fmin.v16f32")
 
 
 def _binary(emit: Callable[[Any, Any, Any], Any]) -> Any:
@@ -360,8 +370,28 @@ _add = _binary(lambda builder, a, b: builder.fadd(a, b))
 _sub = _binary(lambda builder, a, b: builder.fsub(a, b))
 _mul = _binary(lambda builder, a, b: builder.fmul(a, b))
 _div = _binary(lambda builder, a, b: builder.fdiv(a, b))
-maximum = _binary(lambda builder, a, b: call_intrinsic(builder, "llvm.maxnum.v16f32", F32X16, a, b))
-minimum = _binary(lambda builder, a, b: call_intrinsic(builder, "llvm.minnum.v16f32", F32X16, a, b))
+# The one of a and b that is larger (smaller), b where one of them is a NaN: a single instruction on x86.
+maximum = _binary(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+minimum = _binary(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), a, b))
+
+
+def _reduction(relation: str) -> Any:
+    def typed(typingctx: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            value, half = args[0], LANES // 2
+            while half:
+                other = shuffle(builder, value, value, [(lane + half) % LANES for lane in range(LANES)])
+                value = builder.select(builder.fcmp_ordered(relation, value, other), value, other)
+                half //= 2
+            return builder.extract_element(value, I32(0))
+
+        return types.float32(vector), codegen
+
+    return intrinsic(typed)
+
+
+max_of = _reduction(">")
+min_of = _reduction("<")
 
 
 @intrinsic
@@ -430,7 +460,7 @@ def _bound(relation: str) -> Any:
     return intrinsic(typed)
 
 
-at_least = _bound("<")  # the larger one; a NaN stays a NaN, which `maximum` would drop
+at_least = _bound("<")  # the larger one; a NaN in value stays
 at_most = _bound(">")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from nibble.kernels.cpu import simd
 from nibble.kernels.cpu.jit import inline_jit
 from nibble.kernels.cpu.simd import LANES
@@ -12,22 +10,18 @@ from nibble.kernels.cpu.simd import LANES
 @inline_jit
 def store_rows(values, first_row, num_rows, bias, add, out):
     """out[first_row : first_row + 16] = values (+ bias) (+ out where add), guarded at num_rows. All addresses."""
-    if bias:
-        bias += first_row * 4
-    out += first_row * 4
+    place = out + first_row * 4
     if first_row + LANES <= num_rows:
         if bias:
-            values = values + simd.load(bias)
+            values = values + simd.load(bias + first_row * 4)
         if add:
-            values = values + simd.load(out)
-        simd.store(out, values)
-        return
-    rows = np.empty(LANES, np.float32)
-    simd.store(rows.ctypes.data, values)
-    for r in range(num_rows - first_row):
-        value = rows[r]
-        if bias:
-            value += simd.float32_at(bias + r * 4)
-        if add:
-            value += simd.float32_at(out + r * 4)
-        simd.store_float32(out + r * 4, value)
+            values = values + simd.load(place)
+        simd.store(place, values)
+    else:
+        for r in range(num_rows - first_row):
+            value = simd.lane(values, r)
+            if bias:
+                value += simd.float32_at(bias + (first_row + r) * 4)
+            if add:
+                value += simd.float32_at(place + r * 4)
+            simd.store_float32(place + r * 4, value)
