@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
-from numba.core import cgutils, types
+from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
-from nibble.kernels.cpu import simd
-from nibble.kernels.cpu.simd import F32X16, I8, I32X16, LANES, shuffle, splat_i32, vector
+from nibble.kernels.cpu.vector_ir import F32X16, I8, I32X16, LANES, load_at, shuffle, splat_i32, store_at, vector
 
 TILE = 16  # rows of a tile, and columns of fp32
 TILE_DEPTH = 32  # bf16 values of a tile row
@@ -34,19 +33,25 @@ def is_available() -> bool:
     """Whether the CPU has bf16 tiles and the kernel lets this process use them (it has to be asked)."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
-    features = binding.get_host_cpu_features()
-    if not all(features.get(name) for name in ("amx-tile", "amx-bf16", "avx512bf16", "avx512vl")):
+    if not all(name in _cpu_features() for name in ("amx-tile", "amx-bf16", "avx512bf16", "avx512vl")):
         return False
     return bool(ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0)
 
 
+def _cpu_features() -> set[str]:
+    """What Numba compiles for: the CPU's features, or those that NUMBA_CPU_FEATURES names instead."""
+    if config.CPU_FEATURES is not None or config.CPU_NAME is not None:
+        return {name[1:] for name in (config.CPU_FEATURES or "").split(",") if name.startswith("+")}
+    return {name for name, has in binding.get_host_cpu_features().items() if has}
+
+
 def tile_config() -> Any:
     """What `configure` takes: palette 1, 8 tiles of 16 rows of 64 bytes."""
-    config = np.zeros(64, np.uint8)
-    config[0] = 1
-    config[16:32:2] = 64  # bytes per row, uint16 each
-    config[48:56] = TILE  # rows
-    return config
+    tiles = np.zeros(64, np.uint8)
+    tiles[0] = 1
+    tiles[16:32:2] = 64  # bytes per row, uint16 each
+    tiles[48:56] = TILE  # rows
+    return tiles
 
 
 def _call(builder: Any, name: str, *args: Any) -> None:
@@ -140,7 +145,7 @@ def store_bfloat16(typingctx: Any, address: Any, value: Any) -> Any:
     """Write 16 float32 as bf16, to nearest even; a NaN stays one."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        simd.store_at(builder, args[0], builder.fptrunc(args[1], BF16X16))
+        store_at(builder, args[0], builder.fptrunc(args[1], BF16X16))
         return context.get_dummy_value()
 
     return types.void(types.intp, vector), codegen
@@ -151,7 +156,7 @@ def load_bfloat16(typingctx: Any, address: Any) -> Any:
     """16 bf16 at an address, as float32."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(simd.load_at(builder, args[0], BF16X16), F32X16)
+        return builder.fpext(load_at(builder, args[0], BF16X16), F32X16)
 
     return vector(types.intp), codegen
 

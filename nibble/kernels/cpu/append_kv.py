@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from nibble.kernels.cpu import simd
+from nibble.kernels.cpu import memory, simd
 from nibble.kernels.cpu.jit import ChunkFunction, inline_jit, kernel_jit
-from nibble.kernels.cpu.simd import LANES, VECTOR_BYTES
 from nibble.kernels.cpu.thread_pool import run_job
+from nibble.kernels.cpu.vector_ir import LANES, VECTOR_BYTES
 from nibble.kernels.layout import BLOCK_SIZE
 
 CHUNK_TOKENS = 32
@@ -21,37 +21,37 @@ PARAMETER_BYTES = 4  # (scale, zero) fp16
 @inline_jit
 def _write_int8(x, head_dim, values, parameters):
     """One token of k or v, at address x."""
-    low = high = simd.load(x)
+    low = high = memory.load(x)
     for place in range(VECTOR_BYTES, head_dim * 4, VECTOR_BYTES):
-        low, high = simd.minimum(low, simd.load(x + place)), simd.maximum(high, simd.load(x + place))
+        low, high = simd.minimum(low, memory.load(x + place)), simd.maximum(high, memory.load(x + place))
     smallest, largest = simd.min_of(low), simd.max_of(high)
     middle = np.float32(0.5) * smallest + np.float32(0.5) * largest  # halved first: the sum may overflow
-    scale = simd.store_float16_scalar(parameters, min((largest - smallest) / INT8_STEPS, FP16_MAX))
-    zero = simd.store_float16_scalar(parameters + 2, max(-FP16_MAX, min(middle, FP16_MAX)))
+    scale = memory.store_float16_scalar(parameters, min((largest - smallest) / INT8_STEPS, FP16_MAX))
+    zero = memory.store_float16_scalar(parameters + 2, max(-FP16_MAX, min(middle, FP16_MAX)))
     lowest, highest = simd.broadcast(np.float32(-128)), simd.broadcast(np.float32(127))
     for i in range(0, head_dim, LANES):
         q = simd.broadcast(np.float32(0))
         if scale != 0:
-            q = simd.rint((simd.load(x + i * 4) - simd.broadcast(zero)) / simd.broadcast(scale))
-        simd.store_int8(values + i, simd.minimum(simd.maximum(q, lowest), highest))
+            q = simd.rint((memory.load(x + i * 4) - simd.broadcast(zero)) / simd.broadcast(scale))
+        memory.store_int8(values + i, simd.minimum(simd.maximum(q, lowest), highest))
 
 
 @inline_jit
 def _write_float16(x, head_dim, values):
     lowest, highest = simd.broadcast(-FP16_MAX), simd.broadcast(FP16_MAX)
     for i in range(0, head_dim, LANES):
-        clipped = simd.minimum(simd.maximum(simd.load(x + i * 4), lowest), highest)
-        simd.store_float16(values + i * 2, clipped)
+        clipped = simd.minimum(simd.maximum(memory.load(x + i * 4), lowest), highest)
+        memory.store_float16(values + i * 2, clipped)
 
 
 @inline_jit
 def _chunk(arguments, chunk):
-    a = carray(simd.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
+    a = carray(memory.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
     kv, row_bytes, slots, cache, num_kv_heads, head_dim, head_block_bytes, is_float16, num_tokens = (
         a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8],
     )  # fmt: skip
     for t in range(chunk * CHUNK_TOKENS, min((chunk + 1) * CHUNK_TOKENS, num_tokens)):
-        slot = simd.int64_at(slots + t * 8)
+        slot = memory.int64_at(slots + t * 8)
         block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
         for which in range(2):  # k, v
             for head in range(num_kv_heads):
@@ -79,4 +79,4 @@ def append_kv(pool, function, qkv, slots, kv_cache, num_kv_heads, head_dim, is_f
     a[2], a[3], a[4], a[5] = slots.ctypes.data, kv_cache.ctypes.data, num_kv_heads, head_dim
     a[6], a[7], a[8] = kv_cache.shape[2], is_float16, qkv.shape[0]
     run_job(pool, function, a.ctypes.data, -(-qkv.shape[0] // CHUNK_TOKENS))
-    simd.keep_alive(a)
+    memory.keep_alive(a)

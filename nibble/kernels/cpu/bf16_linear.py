@@ -11,14 +11,14 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from nibble.kernels.cpu import amx, simd
+from nibble.kernels.cpu import amx, memory, simd
 from nibble.kernels.cpu.int4_fragment import Q_PER_ONE, SCALE_BYTES
 from nibble.kernels.cpu.int4_panel import unpack_row_tile
 from nibble.kernels.cpu.int8_panel import unpack_rows
 from nibble.kernels.cpu.jit import ChunkFunction, inline_jit, kernel_jit
-from nibble.kernels.cpu.simd import LANES, VECTOR_BYTES
 from nibble.kernels.cpu.store_rows import store_rows
 from nibble.kernels.cpu.thread_pool import run_job
+from nibble.kernels.cpu.vector_ir import LANES, VECTOR_BYTES
 from nibble.kernels.layout import TILE_ROWS
 
 TOKENS = 2 * amx.TILE  # of one step of 2 x 2 tiles, and rows of w
@@ -46,29 +46,29 @@ def _multiply(panel, row, a):
             amx.store_sums(sums, SUMS_BYTES)
             for t in range(min(TOKENS, num_tokens - token)):
                 place = out + (token + t) * num_rows * 4
-                values = simd.load(sums + t * SUMS_BYTES)
+                values = memory.load(sums + t * SUMS_BYTES)
                 store_rows(values, row + pair, num_rows, bias, add, place)
-                values = simd.load(sums + t * SUMS_BYTES + VECTOR_BYTES)
+                values = memory.load(sums + t * SUMS_BYTES + VECTOR_BYTES)
                 store_rows(values, row + pair + LANES, num_rows, bias, add, place)
     amx.release()
-    simd.keep_alive(buffer)
+    memory.keep_alive(buffer)
 
 
 @inline_jit
 def _int4_chunk(arguments, chunk):
-    a = carray(simd.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
+    a = carray(memory.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
     packed, group_size, num_columns = a[0], a[1], a[2]
     row_tile_bytes = TILE_ROWS * (num_columns // 2 + num_columns // group_size * SCALE_BYTES)
     panel = np.empty(TILE_ROWS * num_columns * 2 + VECTOR_BYTES, np.uint8)
     aligned = -(-panel.ctypes.data // VECTOR_BYTES) * VECTOR_BYTES
     unpack_row_tile(packed + chunk * row_tile_bytes, num_columns, group_size, aligned)
     _multiply(aligned, chunk * TILE_ROWS, a)
-    simd.keep_alive(panel)
+    memory.keep_alive(panel)
 
 
 @inline_jit
 def _int8_chunk(arguments, chunk):
-    a = carray(simd.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
+    a = carray(memory.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
     values, group_size, num_columns, num_rows, scales = a[0], a[1], a[2], a[3], a[11]
     panel = np.empty(TILE_ROWS * num_columns * 2 + VECTOR_BYTES, np.uint8)
     aligned = -(-panel.ctypes.data // VECTOR_BYTES) * VECTOR_BYTES
@@ -76,7 +76,7 @@ def _int8_chunk(arguments, chunk):
     row_values, row_scales = values + row * num_columns, scales + row * (num_columns // group_size) * 2
     unpack_rows(row_values, row_scales, num_rows - row, num_columns, group_size, aligned)
     _multiply(aligned, row, a)
-    simd.keep_alive(panel)
+    memory.keep_alive(panel)
 
 
 @ChunkFunction
@@ -95,7 +95,7 @@ def _round(x, num_columns, num_tokens, factor, stride, out):
     factors = simd.broadcast(np.float32(factor))
     for t in range(num_tokens):
         for column in range(0, num_columns, LANES):
-            amx.store_bfloat16(out + t * stride + column * 2, simd.load(x + column * 4) * factors)
+            amx.store_bfloat16(out + t * stride + column * 2, memory.load(x + column * 4) * factors)
         x += num_columns * 4
 
 
@@ -109,12 +109,12 @@ def bf16_linear(pool, function, config, x, weight, scales, group_size, bias, add
     buffer = np.empty(rows * stride + VECTOR_BYTES, np.uint8)
     rounded = -(-buffer.ctypes.data // VECTOR_BYTES) * VECTOR_BYTES
     for place in range(rounded + num_tokens * stride, rounded + rows * stride, VECTOR_BYTES):
-        simd.store(place, simd.broadcast(np.float32(0)))
+        memory.store(place, simd.broadcast(np.float32(0)))
     _round(x.ctypes.data, num_columns, num_tokens, 1 if scales else Q_PER_ONE, stride, rounded)
     a = np.empty(NUM_ARGUMENTS, np.int64)
     a[0], a[1], a[2], a[3], a[4] = weight, group_size, num_columns, out.shape[1], num_tokens
     a[5], a[6], a[7], a[8], a[9] = rounded, stride, bias, add, out.ctypes.data
     a[10], a[11] = config.ctypes.data, scales
     run_job(pool, function, a.ctypes.data, -(-out.shape[1] // TILE_ROWS))
-    simd.keep_alive(buffer)
-    simd.keep_alive(a)
+    memory.keep_alive(buffer)
+    memory.keep_alive(a)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nibble.kernels.cpu import simd
+from nibble.kernels.cpu import memory, simd
 from nibble.kernels.cpu.jit import kernel_jit
-from nibble.kernels.cpu.simd import LANES
+from nibble.kernels.cpu.vector_ir import LANES, VECTOR_BYTES
 
 
 @kernel_jit
@@ -17,7 +17,7 @@ def embedding(ids, values, scales, group_size, out):
         row_values = values + ids[t] * hidden_size
         row_scales = scales + ids[t] * num_groups * 2
         for group in range(num_groups):
-            scale = simd.broadcast(simd.float16_at(row_scales + group * 2))
+            scale = simd.broadcast(memory.float16_at(row_scales + group * 2))
             for column in range(group * group_size, (group + 1) * group_size, LANES):
-                simd.store(place, simd.load_int8(row_values + column) * scale)
-                place += simd.VECTOR_BYTES
+                memory.store(place, memory.load_int8(row_values + column) * scale)
+                place += VECTOR_BYTES

@@ -14,8 +14,22 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from nibble.kernels.cpu import simd
-from nibble.kernels.cpu.simd import F16, F32, F32X16, I32X16, LANES, VECTOR_BYTES, load_at, shuffle, splat_i32, vector
+from nibble.kernels.cpu.vector_ir import (
+    F16,
+    F32,
+    F32X16,
+    I32X16,
+    LANES,
+    VECTOR_BYTES,
+    call_fma,
+    load_at,
+    shuffle,
+    splat_f32,
+    splat_i32,
+    store_at,
+    unpack_tuple,
+    vector,
+)
 from nibble.kernels.layout import FRAGMENT
 
 MAX_TOKENS = 8  # 2 accumulators each: 16 of the 32 vector registers of AVX-512
@@ -65,8 +79,8 @@ def store_sums(typingctx: Any, totals: Any, sums: Any) -> Any:
     count = len(sums) // 2
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for i, value in enumerate(simd.unpack_tuple(builder, args[1], len(sums))):
-            simd.store_at(builder, args[0], value, _sum_place(i, count), align=4)
+        for i, value in enumerate(unpack_tuple(builder, args[1], len(sums))):
+            store_at(builder, args[0], value, _sum_place(i, count), align=4)
         return context.get_dummy_value()
 
     return types.void(types.intp, sums), codegen
@@ -88,8 +102,8 @@ def row_scales(typingctx: Any, address: Any) -> Any:
             pairs = builder.fpext(load_at(builder, args[0], ir.VectorType(F16, 8), offset), ir.VectorType(F32, 8))
             scale = shuffle(builder, pairs, pairs, [2 * (lane // 4) for lane in range(LANES)])
             minimum = shuffle(builder, pairs, pairs, [2 * (lane // 4) + 1 for lane in range(LANES)])
-            sixteenth = simd.splat_f32(1 / Q_PER_ONE)
-            values += [scale, simd.call_fma(builder, minimum, sixteenth, builder.fneg(scale))]
+            sixteenth = splat_f32(1 / Q_PER_ONE)
+            values += [scale, call_fma(builder, minimum, sixteenth, builder.fneg(scale))]
         return context.make_tuple(builder, result, values)
 
     return result(types.intp), codegen
@@ -110,18 +124,18 @@ def accumulate(typingctx: Any, sums: Any, scales: Any, words: Any, x: Any, x_str
     tokens = len(sums) // 2
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        accumulators = simd.unpack_tuple(builder, args[0], len(sums))
-        scale0, offset0, scale1, offset1 = simd.unpack_tuple(builder, args[1], 4)
+        accumulators = unpack_tuple(builder, args[0], len(sums))
+        scale0, offset0, scale1, offset1 = unpack_tuple(builder, args[1], 4)
         word_vector = load_at(builder, args[2], I32X16, align=4)
         for pair in range(4):
             q0, q1 = (one_plus_nibble(builder, word_vector, 2 * pair + row) for row in range(2))
-            weights = (simd.call_fma(builder, q0, scale0, offset0), simd.call_fma(builder, q1, scale1, offset1))
+            weights = (call_fma(builder, q0, scale0, offset0), call_fma(builder, q1, scale1, offset1))
             x_token = args[3]
             for token in range(tokens):
                 values = _load_fours(builder, x_token, FOUR * pair)
                 for row in range(2):
                     place = row * tokens + token
-                    accumulators[place] = simd.call_fma(builder, weights[row], values, accumulators[place])
+                    accumulators[place] = call_fma(builder, weights[row], values, accumulators[place])
                 x_token = builder.add(x_token, args[4])
         return context.make_tuple(builder, sums, accumulators)
 

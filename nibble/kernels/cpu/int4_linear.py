@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from nibble.kernels.cpu import simd
+from nibble.kernels.cpu import memory, simd
 from nibble.kernels.cpu.int4_fragment import (
     HALF_SUMS_BYTES,
     MAX_TOKENS,
@@ -24,9 +24,9 @@ from nibble.kernels.cpu.int4_fragment import (
     store_sums,
 )
 from nibble.kernels.cpu.jit import ChunkFunction, inline_jit, kernel_jit
-from nibble.kernels.cpu.simd import VECTOR_BYTES
 from nibble.kernels.cpu.store_rows import store_rows
 from nibble.kernels.cpu.thread_pool import run_job
+from nibble.kernels.cpu.vector_ir import VECTOR_BYTES
 from nibble.kernels.layout import FRAGMENT, TILE_COLUMNS, TILE_ROWS
 
 ROW_FRAGMENTS = TILE_ROWS // FRAGMENT
@@ -45,8 +45,8 @@ def _few_tokens(tokens, words, scales, num_groups, group_size, x, x_stride, tota
         for _ in range(group_size // FRAGMENT):
             low = accumulate(low, low_scales, words, x, x_stride)
             high = accumulate(high, high_scales, words + VECTOR_BYTES, x, x_stride)
-            simd.prefetch(words + PREFETCH_BYTES)
-            simd.prefetch(words + PREFETCH_BYTES + VECTOR_BYTES)
+            memory.prefetch(words + PREFETCH_BYTES)
+            memory.prefetch(words + PREFETCH_BYTES + VECTOR_BYTES)
             words += FRAGMENT_BYTES
             x += VECTOR_BYTES
         scales += TILE_ROWS * SCALE_BYTES
@@ -87,7 +87,7 @@ def _row_tile(tokens, tile, first, last, num_columns, group_size, x, totals):
     """totals (at an address) = row fragments first..last of a row tile times 8 rows of x."""
     zero = simd.broadcast(np.float32(0))
     for place in range(first * 2 * HALF_SUMS_BYTES, last * 2 * HALF_SUMS_BYTES, VECTOR_BYTES):
-        simd.store(totals + place, zero)
+        memory.store(totals + place, zero)
     for column in range(0, num_columns, TILE_COLUMNS):
         width = min(TILE_COLUMNS, num_columns - column)
         num_groups = width // group_size
@@ -112,7 +112,7 @@ def _permute(x, count, permuted):
     """16 x with each 16 columns in nibble order."""
     factor = simd.broadcast(np.float32(Q_PER_ONE))
     for place in range(0, count * 4, VECTOR_BYTES):
-        simd.store(permuted + place, permute_columns(simd.load(x + place)) * factor)
+        memory.store(permuted + place, permute_columns(memory.load(x + place)) * factor)
 
 
 @inline_jit
@@ -137,12 +137,12 @@ def _row_fragments(start, stop, a):
                     row = (row_tile * ROW_FRAGMENTS + r) * FRAGMENT
                     store_rows(sums, row, num_rows, bias, add, out + (token + t) * num_rows * 4)
         start += last - first
-    simd.keep_alive(buffer)
+    memory.keep_alive(buffer)
 
 
 @inline_jit
 def _chunk(arguments, chunk):
-    a = carray(simd.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
+    a = carray(memory.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
     units = -(-a[3] // FRAGMENT)
     start = chunk * a[9]
     _row_fragments(start, min(start + a[9], units), a)
@@ -170,5 +170,5 @@ def int4_gemv(pool, function, x, packed, group_size, bias, add, out):
     per_chunk = max(1, min(ROW_FRAGMENTS, units // MIN_CHUNKS))
     a[9] = per_chunk
     run_job(pool, function, a.ctypes.data, -(-units // per_chunk))
-    simd.keep_alive(permuted)
-    simd.keep_alive(a)
+    memory.keep_alive(permuted)
+    memory.keep_alive(a)

@@ -11,10 +11,10 @@ from typing import Any
 from numba.core import types
 from numba.extending import intrinsic
 
-from nibble.kernels.cpu import amx, simd
+from nibble.kernels.cpu import amx
 from nibble.kernels.cpu.int4_fragment import SCALE_BYTES, one_plus_nibble, row_scales
 from nibble.kernels.cpu.jit import inline_jit
-from nibble.kernels.cpu.simd import I32X16, LANES, VECTOR_BYTES, load_at, shuffle
+from nibble.kernels.cpu.vector_ir import I32X16, LANES, VECTOR_BYTES, call_fma, load_at, shuffle, store_at, unpack_tuple
 from nibble.kernels.layout import FRAGMENT, TILE_COLUMNS, TILE_ROWS
 
 ROW_FRAGMENTS = TILE_ROWS // FRAGMENT
@@ -27,7 +27,7 @@ def unpack_fragment(typingctx: Any, words: Any, low_scales: Any, high_scales: An
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         halves = [load_at(builder, args[0], I32X16, half * VECTOR_BYTES, align=4) for half in range(2)]
-        scales = [simd.unpack_tuple(builder, args[1 + half], 4) for half in range(2)]
+        scales = [unpack_tuple(builder, args[1 + half], 4) for half in range(2)]
         for column_half in range(2):
             rows = []
             for row in range(2):
@@ -35,10 +35,10 @@ def unpack_fragment(typingctx: Any, words: Any, low_scales: Any, high_scales: An
                     nibble = row + 2 * column_half
                     scale, offset = scales[half][2 * row : 2 * row + 2]
                     pair = [one_plus_nibble(builder, halves[half], i) for i in (nibble, nibble + 4)]
-                    weights = [simd.call_fma(builder, value, scale, offset) for value in pair]
+                    weights = [call_fma(builder, value, scale, offset) for value in pair]
                     rows.append(amx.bfloat16_pairs(builder, *weights))
             for i, pairs in enumerate(_transpose_fours(builder, rows)):
-                simd.store_at(builder, args[3], pairs, (4 * column_half + i) * VECTOR_BYTES)
+                store_at(builder, args[3], pairs, (4 * column_half + i) * VECTOR_BYTES)
         return context.get_dummy_value()
 
     return types.void(types.intp, low_scales, high_scales, types.intp), codegen

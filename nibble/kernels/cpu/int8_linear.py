@@ -15,10 +15,23 @@ from numba import carray
 from numba.core import types
 from numba.extending import intrinsic
 
-from nibble.kernels.cpu import simd
+from nibble.kernels.cpu import memory, simd
 from nibble.kernels.cpu.jit import ChunkFunction, inline_jit, kernel_jit
-from nibble.kernels.cpu.simd import F16, F32, F32X16, I8, I32X16, LANES, VECTOR_BYTES, load_at, vector
 from nibble.kernels.cpu.thread_pool import run_job
+from nibble.kernels.cpu.vector_ir import (
+    F16,
+    F32,
+    F32X16,
+    I8,
+    I32X16,
+    LANES,
+    VECTOR_BYTES,
+    call_fma,
+    load_at,
+    splat,
+    unpack_tuple,
+    vector,
+)
 
 MAX_TOKENS = 8
 CHUNK_ROWS = 64
@@ -36,7 +49,7 @@ def load_scales(typingctx: Any, rows: Any, address: Any, stride: Any) -> Any:
         _, address, stride = args
         scales = []
         for _ in range(rows.literal_value):
-            scales.append(simd.splat(builder, builder.fpext(load_at(builder, address, F16), F32)))
+            scales.append(splat(builder, builder.fpext(load_at(builder, address, F16), F32)))
             address = builder.add(address, stride)
         return context.make_tuple(builder, result, scales)
 
@@ -50,8 +63,8 @@ def accumulate(typingctx: Any, sums: Any, scales: Any, values: Any, stride: Any,
     tokens = len(sums) // num_rows
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        accumulators = simd.unpack_tuple(builder, args[0], len(sums))
-        scale_vectors = simd.unpack_tuple(builder, args[1], num_rows)
+        accumulators = unpack_tuple(builder, args[0], len(sums))
+        scale_vectors = unpack_tuple(builder, args[1], num_rows)
         _, _, row_address, stride, x_address, x_stride = args
         for row in range(num_rows):
             integers = builder.sext(load_at(builder, row_address, ir.VectorType(I8, LANES)), I32X16)
@@ -60,7 +73,7 @@ def accumulate(typingctx: Any, sums: Any, scales: Any, values: Any, stride: Any,
             for token in range(tokens):
                 place = row * tokens + token
                 x_vector = load_at(builder, x_token, F32X16, align=4)
-                accumulators[place] = simd.call_fma(builder, weights, x_vector, accumulators[place])
+                accumulators[place] = call_fma(builder, weights, x_vector, accumulators[place])
                 x_token = builder.add(x_token, x_stride)
             row_address = builder.add(row_address, stride)
         return context.make_tuple(builder, sums, accumulators)
@@ -76,7 +89,7 @@ def _rows(sums, num_rows, values, scales, num_columns, group_size, x, out):
         scale = load_scales(num_rows, scales + group * 2, num_groups * 2)
         for column in range(group * group_size, (group + 1) * group_size, LANES):
             sums = accumulate(sums, scale, values + column, num_columns, x + column * 4, num_columns * 4)
-    simd.store(out, simd.sum_all(sums))
+    memory.store(out, simd.sum_all(sums))
 
 
 @inline_jit
@@ -105,15 +118,15 @@ def _store(sums, first_row, rows, token, tokens, bias, add, out, num_rows):
             value = sums[r * width + t]
             place = out + ((token + t) * num_rows + first_row + r) * 4
             if bias:
-                value += simd.float32_at(bias + (first_row + r) * 4)
+                value += memory.float32_at(bias + (first_row + r) * 4)
             if add:
-                value += simd.float32_at(place)
-            simd.store_float32(place, value)
+                value += memory.float32_at(place)
+            memory.store_float32(place, value)
 
 
 @inline_jit
 def _chunk(arguments, chunk):
-    a = carray(simd.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
+    a = carray(memory.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
     values, scales, group_size, num_columns, num_rows = a[0], a[1], a[2], a[3], a[4]
     num_tokens, x, bias, add, out = a[5], a[6], a[7], a[8], a[9]
     sums = np.empty(LANES, np.float32)
@@ -146,11 +159,11 @@ def int8_gemv(pool, function, x, values, scales, group_size, bias, add, out):
     buffer = np.zeros(-(-num_tokens // MAX_TOKENS) * MAX_TOKENS * row_bytes + VECTOR_BYTES, np.uint8)
     aligned = -(-buffer.ctypes.data // VECTOR_BYTES) * VECTOR_BYTES
     for place in range(0, num_tokens * row_bytes, VECTOR_BYTES):
-        simd.store(aligned + place, simd.load(x.ctypes.data + place))
+        memory.store(aligned + place, memory.load(x.ctypes.data + place))
     a = np.empty(NUM_ARGUMENTS, np.int64)
     a[0], a[1], a[2], a[3], a[4] = values, scales, group_size, num_columns, num_rows
     a[5], a[6], a[8], a[9] = num_tokens, aligned, add, out.ctypes.data
     a[7] = bias
     run_job(pool, function, a.ctypes.data, -(-num_rows // CHUNK_ROWS))
-    simd.keep_alive(buffer)
-    simd.keep_alive(a)
+    memory.keep_alive(buffer)
+    memory.keep_alive(a)

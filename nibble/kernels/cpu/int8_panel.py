@@ -8,9 +8,21 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from nibble.kernels.cpu import amx, simd
+from nibble.kernels.cpu import amx
 from nibble.kernels.cpu.jit import inline_jit
-from nibble.kernels.cpu.simd import F16, F32, F32X16, I8, I32X16, LANES, VECTOR_BYTES, load_at, shuffle
+from nibble.kernels.cpu.vector_ir import (
+    F16,
+    F32,
+    F32X16,
+    I8,
+    I32X16,
+    LANES,
+    VECTOR_BYTES,
+    load_at,
+    shuffle,
+    splat,
+    store_at,
+)
 from nibble.kernels.layout import TILE_ROWS
 
 
@@ -26,7 +38,7 @@ def unpack_tile(typingctx: Any, count: Any, values: Any, stride: Any, scales: An
         zero = stride.type(0)
         rows = []
         for row in range(amx.TILE):
-            scale = simd.splat(builder, builder.fpext(load_at(builder, scales, F16), F32))
+            scale = splat(builder, builder.fpext(load_at(builder, scales, F16), F32))
             integers = load_at(builder, values, ir.VectorType(I8, amx.TILE_DEPTH))
             pair = []
             for odd in range(2):
@@ -37,7 +49,7 @@ def unpack_tile(typingctx: Any, count: Any, values: Any, stride: Any, scales: An
             values = builder.add(values, builder.select(has_next, stride, zero))
             scales = builder.add(scales, builder.select(has_next, scale_stride, zero))
         for i, pairs in enumerate(amx.transpose(builder, rows)):
-            simd.store_at(builder, out, pairs, i * VECTOR_BYTES)
+            store_at(builder, out, pairs, i * VECTOR_BYTES)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 6), codegen

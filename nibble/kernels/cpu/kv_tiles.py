@@ -12,9 +12,9 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from nibble.kernels.cpu import amx, simd
+from nibble.kernels.cpu import amx, memory, simd
 from nibble.kernels.cpu.jit import inline_jit
-from nibble.kernels.cpu.simd import F16, F32X16, I8, I32X16, LANES, VECTOR_BYTES, load_at, shuffle
+from nibble.kernels.cpu.vector_ir import F16, F32X16, I8, I32X16, LANES, VECTOR_BYTES, load_at, shuffle, store_at
 from nibble.kernels.layout import BLOCK_SIZE
 
 PARAMETER_BYTES = 4  # (scale, zero) fp16
@@ -37,7 +37,7 @@ def _key_tile(element: Any) -> Any:
                 rows.append(amx.bfloat16_pairs(builder, *(_floats(builder, half) for half in pair)))
                 keys = builder.add(keys, stride)
             for i, pairs in enumerate(amx.transpose(builder, rows)):
-                simd.store_at(builder, out, pairs, i * VECTOR_BYTES)
+                store_at(builder, out, pairs, i * VECTOR_BYTES)
             return context.get_dummy_value()
 
         return types.void(types.intp, types.intp, types.intp), codegen
@@ -49,7 +49,7 @@ def _value_pairs(element: Any) -> Any:
     def typed(typingctx: Any, first: Any, second: Any, out: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             rows = [_floats(builder, load_at(builder, place, ir.VectorType(element, LANES))) for place in args[:2]]
-            simd.store_at(builder, args[2], amx.bfloat16_pairs(builder, *rows))
+            store_at(builder, args[2], amx.bfloat16_pairs(builder, *rows))
             return context.get_dummy_value()
 
         return types.void(types.intp, types.intp, types.intp), codegen
@@ -85,7 +85,7 @@ def unpack_values(values, head_dim, count, is_float16, out):
         second = first + head_dim
         for dim in range(0, head_dim, LANES):
             if token + 1 >= count:
-                simd.store(place, simd.broadcast(np.float32(0)))
+                memory.store(place, simd.broadcast(np.float32(0)))
             elif is_float16:
                 float16_value_pairs(values + (first + dim) * 2, values + (second + dim) * 2, place)
             else:
@@ -120,6 +120,6 @@ def unpack_parameters(parameters, count, is_float16, out):
                 scale = np.float32(1)
                 if not is_float16:
                     place = parameters + (which * BLOCK_SIZE + t) * PARAMETER_BYTES
-                    scale, zero = simd.float16_at(place), simd.float16_at(place + 2)
-            simd.store_float32(scales + t * 4, scale)
-            simd.store_float32(zeros + t * 4, zero)
+                    scale, zero = memory.float16_at(place), memory.float16_at(place + 2)
+            memory.store_float32(scales + t * 4, scale)
+            memory.store_float32(zeros + t * 4, zero)

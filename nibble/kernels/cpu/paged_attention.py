@@ -15,10 +15,20 @@ from numba import carray
 from numba.core import types
 from numba.extending import intrinsic
 
-from nibble.kernels.cpu import simd
+from nibble.kernels.cpu import memory, simd
 from nibble.kernels.cpu.jit import ChunkFunction, inline_jit, kernel_jit
-from nibble.kernels.cpu.simd import F32, F32X16, LANES, VECTOR_BYTES, load_at, vector
 from nibble.kernels.cpu.thread_pool import run_job
+from nibble.kernels.cpu.vector_ir import (
+    F32,
+    F32X16,
+    LANES,
+    VECTOR_BYTES,
+    call_fma,
+    load_at,
+    splat,
+    unpack_tuple,
+    vector,
+)
 from nibble.kernels.layout import BLOCK_SIZE
 
 SPLIT_TOKENS = 4 * BLOCK_SIZE
@@ -33,10 +43,10 @@ def dot_products(typingctx: Any, sums: Any, q: Any, address: Any, stride: Any) -
     """sums[t] + q * the 16 floats at address + t * stride, lane by lane."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        accumulators = simd.unpack_tuple(builder, args[0], len(sums))
+        accumulators = unpack_tuple(builder, args[0], len(sums))
         place = args[2]
         for t in range(len(sums)):
-            accumulators[t] = simd.call_fma(builder, args[1], load_at(builder, place, F32X16, align=4), accumulators[t])
+            accumulators[t] = call_fma(builder, args[1], load_at(builder, place, F32X16, align=4), accumulators[t])
             place = builder.add(place, args[3])
         return context.make_tuple(builder, sums, accumulators)
 
@@ -51,14 +61,14 @@ def weighted_sums(typingctx: Any, sums: Any, weights: Any, address: Any, stride:
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        accumulators = simd.unpack_tuple(builder, args[0], len(sums))
+        accumulators = unpack_tuple(builder, args[0], len(sums))
         place = args[2]
         for t in range(TOKENS):
-            weight = simd.splat(builder, load_at(builder, args[1], F32, 4 * t))
+            weight = splat(builder, load_at(builder, args[1], F32, 4 * t))
             for half in range(2):
                 values = load_at(builder, place, F32X16, half * VECTOR_BYTES, align=4)
                 i = 2 * (t % 2) + half
-                accumulators[i] = simd.call_fma(builder, weight, values, accumulators[i])
+                accumulators[i] = call_fma(builder, weight, values, accumulators[i])
             place = builder.add(place, args[3])
         return context.make_tuple(builder, sums, accumulators)
 
@@ -71,17 +81,17 @@ def _dequantize(values, parameters, count, head_dim, is_float16, out):
     for t in range(count):
         if is_float16:
             for i in range(0, head_dim, LANES):
-                simd.store(out + i * 4, simd.load_float16(values + i * 2))
+                memory.store(out + i * 4, memory.load_float16(values + i * 2))
             values += head_dim * 2
         else:
-            scale = simd.broadcast(simd.float16_at(parameters + t * PARAMETER_BYTES))
-            zero = simd.broadcast(simd.float16_at(parameters + t * PARAMETER_BYTES + 2))
+            scale = simd.broadcast(memory.float16_at(parameters + t * PARAMETER_BYTES))
+            zero = simd.broadcast(memory.float16_at(parameters + t * PARAMETER_BYTES + 2))
             for i in range(0, head_dim, LANES):
-                simd.store(out + i * 4, simd.fma(simd.load_int8(values + i), scale, zero))
+                memory.store(out + i * 4, simd.fma(memory.load_int8(values + i), scale, zero))
             values += head_dim
         out += head_dim * 4
     for _ in range(0, (TOKENS - count) * head_dim, LANES):
-        simd.store(out, simd.broadcast(np.float32(0)))
+        memory.store(out, simd.broadcast(np.float32(0)))
         out += VECTOR_BYTES
 
 
@@ -92,8 +102,8 @@ def _scores(q, keys, group, head_dim, scores):
     for head in range(group):
         sums = simd.zeros(TOKENS)
         for place in range(0, row_bytes, VECTOR_BYTES):
-            sums = dot_products(sums, simd.load(q + head * row_bytes + place), keys + place, row_bytes)
-        simd.store(scores + head * BLOCK_SIZE * 4, simd.sum_all(sums))
+            sums = dot_products(sums, memory.load(q + head * row_bytes + place), keys + place, row_bytes)
+        memory.store(scores + head * BLOCK_SIZE * 4, simd.sum_all(sums))
 
 
 @inline_jit
@@ -103,22 +113,22 @@ def _softmax(scores, count, group, head_dim, partial):
     for _ in range(group):
         best = simd.broadcast(MASKED)
         for t in range(0, count, TOKENS):
-            score = simd.mask_from(simd.load(scores + t * 4), count - t)
-            simd.store(scores + t * 4, score)
+            score = simd.mask_from(memory.load(scores + t * 4), count - t)
+            memory.store(scores + t * 4, score)
             best = simd.at_least(score, best)
-        largest = simd.float32_at(partial + row_bytes)
+        largest = memory.float32_at(partial + row_bytes)
         new_largest = max(largest, simd.max_of(best))
         total = simd.broadcast(np.float32(0))
         for t in range(0, count, TOKENS):
-            weight = simd.exp_or_zero(simd.load(scores + t * 4) - simd.broadcast(new_largest))
-            simd.store(scores + t * 4, weight)
+            weight = simd.exp_or_zero(memory.load(scores + t * 4) - simd.broadcast(new_largest))
+            memory.store(scores + t * 4, weight)
             total = total + weight
         correction = simd.exp(simd.broadcast(largest - new_largest))
-        old_total = simd.float32_at(partial + row_bytes + 4) * simd.first_of(correction)
-        simd.store_float32(partial + row_bytes, new_largest)
-        simd.store_float32(partial + row_bytes + 4, old_total + simd.sum_of(total))
+        old_total = memory.float32_at(partial + row_bytes + 4) * simd.first_of(correction)
+        memory.store_float32(partial + row_bytes, new_largest)
+        memory.store_float32(partial + row_bytes + 4, old_total + simd.sum_of(total))
         for place in range(0, row_bytes, VECTOR_BYTES):
-            simd.store(partial + place, simd.load(partial + place) * correction)
+            memory.store(partial + place, memory.load(partial + place) * correction)
         scores += BLOCK_SIZE * 4
         partial += row_bytes + VECTOR_BYTES
 
@@ -130,9 +140,9 @@ def _add_values(weights, values, group, head_dim, partial):
     for _ in range(group):
         for place in range(0, row_bytes, 2 * VECTOR_BYTES):
             sums = weighted_sums(simd.zeros(4), weights, values + place, row_bytes)
-            simd.store(partial + place, simd.load(partial + place) + (sums[0] + sums[2]))
+            memory.store(partial + place, memory.load(partial + place) + (sums[0] + sums[2]))
             high = partial + place + VECTOR_BYTES
-            simd.store(high, simd.load(high) + (sums[1] + sums[3]))
+            memory.store(high, memory.load(high) + (sums[1] + sums[3]))
         weights += BLOCK_SIZE * 4
         partial += row_bytes + VECTOR_BYTES
 
@@ -158,8 +168,8 @@ def _block(q, head_block, count, group, head_dim, is_float16, scratch, scores, p
 @inline_jit
 def _split(a, row, split, head):
     """One work item: fills its partial."""
-    visible = simd.int32_at(a[3] + row * 4)
-    sequence = simd.int32_at(a[2] + row * 4)
+    visible = memory.int32_at(a[3] + row * 4)
+    sequence = memory.int32_at(a[2] + row * 4)
     group, head_dim, is_float16 = a[7], a[8], a[9]
     buffer = np.empty((group + TOKENS) * head_dim * 4 + group * BLOCK_SIZE * 4 + VECTOR_BYTES, np.uint8)
     scratch = -(-buffer.ctypes.data // VECTOR_BYTES) * VECTOR_BYTES
@@ -168,25 +178,25 @@ def _split(a, row, split, head):
     factor = simd.broadcast(np.float32(1) / np.sqrt(np.float32(head_dim)))
     q = a[0] + row * a[1] + head * group * head_dim * 4
     for place in range(0, group * head_dim * 4, VECTOR_BYTES):
-        simd.store(scaled_q + place, simd.load(q + place) * factor)
-    partial = a[13] + ((simd.int64_at(a[12] + row * 8) + split) * a[6] + head) * group * (head_dim * 4 + VECTOR_BYTES)
+        memory.store(scaled_q + place, memory.load(q + place) * factor)
+    partial = a[13] + ((memory.int64_at(a[12] + row * 8) + split) * a[6] + head) * group * (head_dim * 4 + VECTOR_BYTES)
     _start(partial, group, head_dim)
     for token in range(split * SPLIT_TOKENS, min((split + 1) * SPLIT_TOKENS, visible), BLOCK_SIZE):
-        block = simd.int32_at(a[4] + (sequence * a[5] + token // BLOCK_SIZE) * 4)
+        block = memory.int32_at(a[4] + (sequence * a[5] + token // BLOCK_SIZE) * 4)
         head_block = a[10] + (block * a[6] + head) * a[11]
         count = min(BLOCK_SIZE, visible - token)
         _block(scaled_q, head_block, count, group, head_dim, is_float16, scratch, scores, partial)
-    simd.keep_alive(buffer)
+    memory.keep_alive(buffer)
 
 
 @inline_jit
 def _start(partial, group, head_dim):
     for _ in range(group):
         for _ in range(0, head_dim, LANES):
-            simd.store(partial, simd.broadcast(np.float32(0)))
+            memory.store(partial, simd.broadcast(np.float32(0)))
             partial += VECTOR_BYTES
-        simd.store_float32(partial, MASKED)
-        simd.store_float32(partial + 4, np.float32(0))
+        memory.store_float32(partial, MASKED)
+        memory.store_float32(partial + 4, np.float32(0))
         partial += VECTOR_BYTES
 
 
@@ -195,26 +205,26 @@ def _combine(partial, num_splits, split_bytes, head_dim, out):
     """out (D,) of one row and query head from its splits, in their order."""
     largest = MASKED
     for split in range(num_splits):
-        largest = max(largest, simd.float32_at(partial + split * split_bytes + head_dim * 4))
+        largest = max(largest, memory.float32_at(partial + split * split_bytes + head_dim * 4))
     total = simd.broadcast(np.float32(0))
     for place in range(0, head_dim * 4, VECTOR_BYTES):
-        simd.store(out + place, total)
+        memory.store(out + place, total)
     for split in range(num_splits):
         source = partial + split * split_bytes
-        correction = simd.exp(simd.broadcast(simd.float32_at(source + head_dim * 4) - largest))
-        total = simd.fma(simd.broadcast(simd.float32_at(source + head_dim * 4 + 4)), correction, total)
+        correction = simd.exp(simd.broadcast(memory.float32_at(source + head_dim * 4) - largest))
+        total = simd.fma(simd.broadcast(memory.float32_at(source + head_dim * 4 + 4)), correction, total)
         for place in range(0, head_dim * 4, VECTOR_BYTES):
-            simd.store(out + place, simd.fma(simd.load(source + place), correction, simd.load(out + place)))
+            memory.store(out + place, simd.fma(memory.load(source + place), correction, memory.load(out + place)))
     for place in range(0, head_dim * 4, VECTOR_BYTES):
-        simd.store(out + place, simd.load(out + place) / total)
+        memory.store(out + place, memory.load(out + place) / total)
 
 
 @inline_jit
 def _chunk(arguments, chunk):
-    a = carray(simd.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
+    a = carray(memory.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
     item, head = chunk // a[6], chunk % a[6]
-    row = simd.int32_at(a[14] + item * 4)
-    _split(a, row, item - simd.int64_at(a[12] + row * 8), head)
+    row = memory.int32_at(a[14] + item * 4)
+    _split(a, row, item - memory.int64_at(a[12] + row * 8), head)
 
 
 @ChunkFunction
@@ -262,7 +272,7 @@ def paged_attention(
             num_splits = first_item[row + 1] - first_item[row]
             target = out.ctypes.data + (row * num_heads + head) * head_dim * 4
             _combine(partial, num_splits, num_heads * head_bytes, head_dim, target)
-    simd.keep_alive(row_sequence)
-    simd.keep_alive(row_visible)
-    simd.keep_alive(item_row)
-    simd.keep_alive(a)
+    memory.keep_alive(row_sequence)
+    memory.keep_alive(row_visible)
+    memory.keep_alive(item_row)
+    memory.keep_alive(a)

@@ -7,10 +7,10 @@ import time
 import numpy as np
 from numba import carray
 
-from nibble.kernels.cpu import simd
+from nibble.kernels.cpu import memory, simd
 from nibble.kernels.cpu.jit import ChunkFunction, inline_jit, kernel_jit
-from nibble.kernels.cpu.simd import VECTOR_BYTES
 from nibble.kernels.cpu.thread_pool import run_job
+from nibble.kernels.cpu.vector_ir import VECTOR_BYTES
 
 NUM_BYTES = 256 << 20  # larger than the caches of most machines
 CHUNK_BYTES = 1 << 20
@@ -19,13 +19,13 @@ REPEATS = 3
 
 @inline_jit
 def _chunk(arguments, chunk):
-    a = carray(simd.address_as_void_pointer(arguments), 2, np.int64)
+    a = carray(memory.address_as_void_pointer(arguments), 2, np.int64)
     start = a[0] + chunk * CHUNK_BYTES
-    low = high = simd.load(start)
+    low = high = memory.load(start)
     for place in range(start, start + CHUNK_BYTES, 2 * VECTOR_BYTES):
-        low = simd.maximum(low, simd.load(place))
-        high = simd.maximum(high, simd.load(place + VECTOR_BYTES))
-    simd.store_float32(a[1] + chunk * 4, simd.max_of(simd.maximum(low, high)))
+        low = simd.maximum(low, memory.load(place))
+        high = simd.maximum(high, memory.load(place + VECTOR_BYTES))
+    memory.store_float32(a[1] + chunk * 4, simd.max_of(simd.maximum(low, high)))
 
 
 @ChunkFunction
@@ -37,7 +37,7 @@ def chunk_function(arguments, chunk):
 def _read(pool, function, data, largest):
     a = np.array((data.ctypes.data, largest.ctypes.data))
     run_job(pool, function, a.ctypes.data, len(largest))
-    simd.keep_alive(a)
+    memory.keep_alive(a)
 
 
 def read_bandwidth(pool: int) -> float:

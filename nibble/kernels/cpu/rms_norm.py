@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from nibble.kernels.cpu import simd
+from nibble.kernels.cpu import memory, simd
 from nibble.kernels.cpu.jit import ChunkFunction, inline_jit, kernel_jit
-from nibble.kernels.cpu.simd import VECTOR_BYTES
 from nibble.kernels.cpu.thread_pool import run_job
+from nibble.kernels.cpu.vector_ir import VECTOR_BYTES
 
 CHUNK_TOKENS = 32
 NUM_ARGUMENTS = 6
@@ -18,19 +18,19 @@ NUM_ARGUMENTS = 6
 def _row(x, weight, size, eps, out):
     squares = simd.broadcast(np.float32(0))
     for place in range(0, size * 4, VECTOR_BYTES):
-        values = simd.load(x + place)
+        values = memory.load(x + place)
         squares = simd.fma(values, values, squares)
     mean = simd.sum_of(squares) / np.float32(size)
     factor = simd.broadcast(np.float32(1) / np.sqrt(mean + eps))
     for place in range(0, size * 4, VECTOR_BYTES):
-        simd.store(out + place, simd.load(x + place) * factor * simd.load(weight + place))
+        memory.store(out + place, memory.load(x + place) * factor * memory.load(weight + place))
 
 
 @inline_jit
 def _chunk(arguments, chunk):
-    a = carray(simd.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
+    a = carray(memory.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
     size = a[3]
-    eps = simd.float32_at(arguments + 5 * 8)
+    eps = memory.float32_at(arguments + 5 * 8)
     for t in range(chunk * CHUNK_TOKENS, min((chunk + 1) * CHUNK_TOKENS, a[4])):
         _row(a[0] + t * size * 4, a[1], size, eps, a[2] + t * size * 4)
 
@@ -46,6 +46,6 @@ def rms_norm(pool, function, x, weight, eps, out):
     a = np.empty(NUM_ARGUMENTS, np.int64)
     a[0], a[1], a[2] = x.ctypes.data, weight, out.ctypes.data
     a[3], a[4] = x.shape[1], x.shape[0]
-    simd.store_float32(a.ctypes.data + 5 * 8, np.float32(eps))
+    memory.store_float32(a.ctypes.data + 5 * 8, np.float32(eps))
     run_job(pool, function, a.ctypes.data, -(-x.shape[0] // CHUNK_TOKENS))
-    simd.keep_alive(a)
+    memory.keep_alive(a)

@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 from numba import carray
 
-from nibble.kernels.cpu import simd
+from nibble.kernels.cpu import memory
 from nibble.kernels.cpu.jit import ChunkFunction, inline_jit, kernel_jit
-from nibble.kernels.cpu.simd import VECTOR_BYTES
 from nibble.kernels.cpu.thread_pool import run_job
+from nibble.kernels.cpu.vector_ir import VECTOR_BYTES
 
 CHUNK_TOKENS = 32
 NUM_ARGUMENTS = 7
@@ -28,19 +28,19 @@ def _token(heads, num_heads, half_bytes, cos_sin):
     """Rotate num_heads heads that lie one after the other."""
     for _ in range(num_heads):
         for place in range(0, half_bytes, VECTOR_BYTES):
-            cos, sin = simd.load(cos_sin + place), simd.load(cos_sin + half_bytes + place)
-            first, second = simd.load(heads + place), simd.load(heads + half_bytes + place)
-            simd.store(heads + place, first * cos - second * sin)
-            simd.store(heads + half_bytes + place, second * cos + first * sin)
+            cos, sin = memory.load(cos_sin + place), memory.load(cos_sin + half_bytes + place)
+            first, second = memory.load(heads + place), memory.load(heads + half_bytes + place)
+            memory.store(heads + place, first * cos - second * sin)
+            memory.store(heads + half_bytes + place, second * cos + first * sin)
         heads += 2 * half_bytes
 
 
 @inline_jit
 def _chunk(arguments, chunk):
-    a = carray(simd.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
+    a = carray(memory.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
     qkv, row_bytes, positions, table, rotated_heads, half_bytes, num_tokens = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
     for t in range(chunk * CHUNK_TOKENS, min((chunk + 1) * CHUNK_TOKENS, num_tokens)):
-        position = simd.int32_at(positions + t * 4)
+        position = memory.int32_at(positions + t * 4)
         _token(qkv + t * row_bytes, rotated_heads, half_bytes, table + position * 2 * half_bytes)
 
 
@@ -56,4 +56,4 @@ def rope(pool, function, qkv, positions, table, num_kv_heads, head_dim):
     a[0], a[1], a[2], a[3] = qkv.ctypes.data, qkv.shape[1] * 4, positions.ctypes.data, table
     a[4], a[5], a[6] = qkv.shape[1] // head_dim - num_kv_heads, head_dim // 2 * 4, qkv.shape[0]
     run_job(pool, function, a.ctypes.data, -(-qkv.shape[0] // CHUNK_TOKENS))
-    simd.keep_alive(a)
+    memory.keep_alive(a)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from nibble.kernels.cpu import simd
+from nibble.kernels.cpu import memory, simd
 from nibble.kernels.cpu.jit import ChunkFunction, inline_jit, kernel_jit
-from nibble.kernels.cpu.simd import LANES, VECTOR_BYTES
 from nibble.kernels.cpu.thread_pool import run_job
+from nibble.kernels.cpu.vector_ir import LANES, VECTOR_BYTES
 
 NUM_ARGUMENTS = 10
 NUM_BINS = 1024
@@ -47,7 +47,7 @@ def _largest(logits):
     best = simd.broadcast(np.float32(-np.inf))
     nan = False
     for place in range(logits.ctypes.data, logits.ctypes.data + full * 4, VECTOR_BYTES):
-        values = simd.load(place)
+        values = memory.load(place)
         best = simd.maximum(best, values)
         nan |= simd.has_nan(values)
     largest = simd.max_of(best)
@@ -62,7 +62,7 @@ def _first_equal(logits, value):
     size = len(logits)
     full = size // LANES * LANES
     for i in range(0, full, LANES):
-        lane = simd.find(simd.load(logits.ctypes.data + i * 4), value)
+        lane = simd.find(memory.load(logits.ctypes.data + i * 4), value)
         if lane < LANES:
             return i + lane
     for i in range(full, size):
@@ -78,8 +78,8 @@ def _weigh(logits, largest, temperature, weights):
     full = size // LANES * LANES
     top, divisor = simd.broadcast(largest), simd.broadcast(temperature)
     for place in range(0, full * 4, VECTOR_BYTES):
-        difference = (simd.load(logits.ctypes.data + place) - top) / divisor
-        simd.store(weights.ctypes.data + place, simd.exp_or_zero(difference))
+        difference = (memory.load(logits.ctypes.data + place) - top) / divisor
+        memory.store(weights.ctypes.data + place, simd.exp_or_zero(difference))
     for i in range(full, size):
         difference = simd.broadcast((logits[i] - largest) / temperature)
         weights[i] = simd.first_of(simd.exp_or_zero(difference))
@@ -174,19 +174,19 @@ def _row(logits, temperature, top_k, top_p, min_p, seed, position):
 
 @inline_jit
 def _chunk(arguments, chunk):
-    a = carray(simd.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
+    a = carray(memory.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
     size = a[1]
-    logits = carray(simd.address_as_void_pointer(a[0] + chunk * size * 4), size, np.float32)
+    logits = carray(memory.address_as_void_pointer(a[0] + chunk * size * 4), size, np.float32)
     token = _row(
         logits,
-        simd.float32_at(a[2] + chunk * 4),
-        simd.int32_at(a[3] + chunk * 4),
-        simd.float32_at(a[4] + chunk * 4),
-        simd.float32_at(a[5] + chunk * 4),
-        np.uint64(simd.int64_at(a[6] + chunk * 8)),
-        np.uint64(simd.int64_at(a[7] + chunk * 8)),
+        memory.float32_at(a[2] + chunk * 4),
+        memory.int32_at(a[3] + chunk * 4),
+        memory.float32_at(a[4] + chunk * 4),
+        memory.float32_at(a[5] + chunk * 4),
+        np.uint64(memory.int64_at(a[6] + chunk * 8)),
+        np.uint64(memory.int64_at(a[7] + chunk * 8)),
     )
-    out = carray(simd.address_as_void_pointer(a[8]), chunk + 1, np.int32)
+    out = carray(memory.address_as_void_pointer(a[8]), chunk + 1, np.int32)
     out[chunk] = token
 
 
@@ -203,4 +203,4 @@ def sample(pool, function, logits, temperature, top_k, top_p, min_p, seeds, posi
     a[4], a[5], a[6], a[7] = top_p.ctypes.data, min_p.ctypes.data, seeds.ctypes.data, positions.ctypes.data
     a[8] = out.ctypes.data
     run_job(pool, function, a.ctypes.data, logits.shape[0])
-    simd.keep_alive(a)
+    memory.keep_alive(a)

@@ -1,9 +1,7 @@
-"""Vectors of 16 floats as values in Numba code.
+"""Arithmetic on vectors of 16 floats in Numba code.
 
-Numba compiles scalar loops and leaves vectorising to LLVM, which is not certain enough for the inner loops here. This
-module adds a type that is an LLVM `<16 x float>` and functions on it, each a few lines of LLVM IR. Only generic
-IR is used: one zmm register on AVX-512, two ymm on AVX2, four on NEON. Memory is addressed by integers
-(`array.ctypes.data` plus bytes), with no alignment and no bounds: the callers check shapes.
+Numba compiles scalar loops and leaves vectorising to LLVM, which is not certain enough for the inner loops here; these
+functions are a few lines of LLVM IR each. `memory.py` loads and stores the vectors.
 """
 
 from __future__ import annotations
@@ -14,275 +12,29 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic, models, overload, register_model
+from numba.core import types
+from numba.extending import intrinsic, overload
 
 from nibble.kernels.cpu.jit import inline_jit
+from nibble.kernels.cpu.vector_ir import (
+    F32X16,
+    I16,
+    I32,
+    I32X16,
+    LANES,
+    VectorType,
+    call_fma,
+    call_intrinsic,
+    shuffle,
+    splat,
+    splat_f32,
+    splat_i32,
+    sum_lanes,
+    unpack_tuple,
+    vector,
+)
 
-LANES = 16
-VECTOR_BYTES = 4 * LANES
 MASKED = -3.0e38  # an attention score below all others, and finite: differences stay numbers
-
-F32 = ir.FloatType()
-F16 = ir.HalfType()
-I8, I16, I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
-F32X16 = ir.VectorType(F32, LANES)
-I32X16 = ir.VectorType(I32, LANES)
-
-
-class VectorType(types.Type):  # type: ignore[misc]  # numba is untyped
-    def __init__(self) -> None:
-        super().__init__(name="float32x16")
-
-
-vector = VectorType()
-
-
-@register_model(VectorType)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]  # numba is untyped
-    def __init__(self, manager: Any, fe_type: Any) -> None:
-        super().__init__(manager, fe_type, F32X16)
-
-
-# --- LLVM IR building blocks, shared by the intrinsics of other modules
-
-
-def load_at(builder: Any, address: Any, llvm_type: Any, offset: int = 0, align: int = 1) -> Any:
-    """The value of llvm_type at integer address + offset."""
-    place = builder.add(address, address.type(offset)) if offset else address
-    return builder.load(builder.inttoptr(place, llvm_type.as_pointer()), align=align)
-
-
-def store_at(builder: Any, address: Any, value: Any, offset: int = 0, align: int = 1) -> None:
-    place = builder.add(address, address.type(offset)) if offset else address
-    builder.store(value, builder.inttoptr(place, value.type.as_pointer()), align=align)
-
-
-def splat_i32(value: int) -> Any:
-    return ir.Constant(I32X16, [value] * LANES)
-
-
-def splat_f32(value: float) -> Any:
-    return ir.Constant(F32X16, [value] * LANES)
-
-
-def splat(builder: Any, scalar: Any) -> Any:
-    """A scalar in every lane."""
-    first = builder.insert_element(ir.Constant(F32X16, ir.Undefined), scalar, I32(0))
-    return shuffle(builder, first, first, [0] * LANES)
-
-
-def shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    """Lanes of a (0..n-1) and b (n..2n-1) by constant index."""
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
-
-
-def call_fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return call_intrinsic(builder, "llvm.fma.v16f32", F32X16, a, b, c)
-
-
-def call_intrinsic(builder: Any, name: str, result: Any, *args: Any) -> Any:
-    """Call an LLVM intrinsic by its full (mangled) name."""
-    function_type = ir.FunctionType(result, [arg.type for arg in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
-
-
-def sum_lanes(builder: Any, vectors: list[Any]) -> Any:
-    """The sum of each of 1, 2, 4, 8 or 16 vectors, in that many first lanes of one vector.
-
-    Each vector's lanes are added as a tree: lane l and l + 8, then l + 4, l + 2, l + 1; the order does not depend on
-    how many vectors there are. While there is more than one, two of them share each addition.
-    """
-    blocks, block = 1, LANES  # every vector holds `blocks` blocks of lanes that belong together
-    while block > 1:
-        half = block // 2
-        sources = 2 if len(vectors) > 1 else 1
-        low = [source * LANES + b * block + i for source in range(sources) for b in range(blocks) for i in range(half)]
-        low += [0] * (LANES - len(low))  # lanes nobody reads
-        high = [lane + half for lane in low]
-        pairs = zip(vectors[::sources], vectors[sources - 1 :: sources], strict=True)
-        vectors = [builder.fadd(shuffle(builder, a, b, low), shuffle(builder, a, b, high)) for a, b in pairs]
-        blocks, block = blocks * sources, half
-    return vectors[0]
-
-
-def unpack_tuple(builder: Any, value: Any, count: int) -> list[Any]:
-    return [builder.extract_value(value, i) for i in range(count)]
-
-
-# --- functions for Numba code
-
-
-@intrinsic
-def load(typingctx: Any, address: Any) -> Any:
-    """16 float32 at an address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return load_at(builder, args[0], F32X16)
-
-    return vector(types.intp), codegen
-
-
-@intrinsic
-def load_int8(typingctx: Any, address: Any) -> Any:
-    """16 int8 at an address, as floats."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.sitofp(builder.sext(load_at(builder, args[0], ir.VectorType(I8, LANES)), I32X16), F32X16)
-
-    return vector(types.intp), codegen
-
-
-@intrinsic
-def load_float16(typingctx: Any, address: Any) -> Any:
-    """16 float16 at an address, as float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(load_at(builder, args[0], ir.VectorType(F16, LANES)), F32X16)
-
-    return vector(types.intp), codegen
-
-
-@intrinsic
-def store(typingctx: Any, address: Any, value: Any) -> Any:
-    """Write 16 float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        store_at(builder, *args)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, vector), codegen
-
-
-@intrinsic
-def store_four(typingctx: Any, address: Any, value: Any) -> Any:
-    """Write the first 4 of 16 float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        store_at(builder, args[0], shuffle(builder, args[1], args[1], [0, 1, 2, 3]))
-        return context.get_dummy_value()
-
-    return types.void(types.intp, vector), codegen
-
-
-@intrinsic
-def store_float16(typingctx: Any, address: Any, value: Any) -> Any:
-    """Write 16 float32 as float16, to nearest even. The caller clips to float16's range."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        store_at(builder, args[0], builder.fptrunc(args[1], ir.VectorType(F16, LANES)))
-        return context.get_dummy_value()
-
-    return types.void(types.intp, vector), codegen
-
-
-@intrinsic
-def store_int8(typingctx: Any, address: Any, value: Any) -> Any:
-    """Write 16 float32 that hold integers in -128..127 as int8."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        integers = builder.fptosi(args[1], I32X16)
-        store_at(builder, args[0], builder.trunc(integers, ir.VectorType(I8, LANES)))
-        return context.get_dummy_value()
-
-    return types.void(types.intp, vector), codegen
-
-
-@intrinsic
-def float16_at(typingctx: Any, address: Any) -> Any:
-    """The float16 scalar at an address, as float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(load_at(builder, args[0], F16), F32)
-
-    return types.float32(types.intp), codegen
-
-
-@intrinsic
-def float32_at(typingctx: Any, address: Any) -> Any:
-    """The float32 scalar at an address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return load_at(builder, args[0], F32)
-
-    return types.float32(types.intp), codegen
-
-
-@intrinsic
-def int32_at(typingctx: Any, address: Any) -> Any:
-    """The int32 at an address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.sext(load_at(builder, args[0], I32), ir.IntType(64))
-
-    return types.int64(types.intp), codegen
-
-
-@intrinsic
-def int64_at(typingctx: Any, address: Any) -> Any:
-    """The int64 at an address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return load_at(builder, args[0], ir.IntType(64))
-
-    return types.int64(types.intp), codegen
-
-
-@intrinsic
-def store_float32(typingctx: Any, address: Any, value: Any) -> Any:
-    """Write one float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        store_at(builder, *args)
-        return context.get_dummy_value()
-
-    return types.void(types.intp, types.float32), codegen
-
-
-@intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at an address, which may lie anywhere."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], I8.as_pointer())
-        function_type = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-        builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # a read, into all levels, of data
-        return context.get_dummy_value()
-
-    return types.void(types.intp), codegen
-
-
-@intrinsic
-def keep_alive(typingctx: Any, array: Any) -> Any:
-    """Numba frees an array after its last use, and its address in an integer is none: use it once more."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.get_dummy_value()
-
-    return types.void(array), codegen
-
-
-@intrinsic
-def address_as_void_pointer(typingctx: Any, address: Any) -> Any:
-    """For `numba.carray`: an array at an address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.intp), codegen
-
-
-@intrinsic
-def store_float16_scalar(typingctx: Any, address: Any, value: Any) -> Any:
-    """Write a float32 as float16, to nearest even; returns the rounded value."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rounded = builder.fptrunc(args[1], F16)
-        store_at(builder, args[0], rounded)
-        return builder.fpext(rounded, F32)
-
-    return types.float32(types.intp, types.float32), codegen
 
 
 @intrinsic

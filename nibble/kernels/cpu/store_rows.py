@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nibble.kernels.cpu import simd
+from nibble.kernels.cpu import memory, simd
 from nibble.kernels.cpu.jit import inline_jit
-from nibble.kernels.cpu.simd import LANES
+from nibble.kernels.cpu.vector_ir import LANES
 
 
 @inline_jit
@@ -13,15 +13,15 @@ def store_rows(values, first_row, num_rows, bias, add, out):
     place = out + first_row * 4
     if first_row + LANES <= num_rows:
         if bias:
-            values = values + simd.load(bias + first_row * 4)
+            values = values + memory.load(bias + first_row * 4)
         if add:
-            values = values + simd.load(place)
-        simd.store(place, values)
+            values = values + memory.load(place)
+        memory.store(place, values)
     else:
         for r in range(num_rows - first_row):
             value = simd.lane(values, r)
             if bias:
-                value += simd.float32_at(bias + (first_row + r) * 4)
+                value += memory.float32_at(bias + (first_row + r) * 4)
             if add:
-                value += simd.float32_at(place + r * 4)
-            simd.store_float32(place + r * 4, value)
+                value += memory.float32_at(place + r * 4)
+            memory.store_float32(place + r * 4, value)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from nibble.kernels.cpu import amx, simd
+from nibble.kernels.cpu import amx, memory, simd
 from nibble.kernels.cpu.jit import ChunkFunction, inline_jit, kernel_jit
 from nibble.kernels.cpu.kv_tiles import unpack_keys, unpack_parameters, unpack_values
-from nibble.kernels.cpu.simd import LANES, VECTOR_BYTES
 from nibble.kernels.cpu.thread_pool import run_job
+from nibble.kernels.cpu.vector_ir import LANES, VECTOR_BYTES
 from nibble.kernels.layout import BLOCK_SIZE
 
 QUERIES = 2 * amx.TILE
@@ -42,16 +42,16 @@ def _load_queries(q, row_bytes, count, group, head_dim, rounded, state, totals):
             for dim in range(0, head_dim, LANES):
                 values = zero
                 if row < count:
-                    values = simd.load(q + row * row_bytes + (head * head_dim + dim) * 4) * factor
+                    values = memory.load(q + row * row_bytes + (head * head_dim + dim) * 4) * factor
                 amx.store_bfloat16(rounded, values)
                 q_sum = q_sum + amx.load_bfloat16(rounded)
-                simd.store(totals, zero)
+                memory.store(totals, zero)
                 rounded += LANES * 2
                 totals += VECTOR_BYTES
-            simd.store_float32(state, MASKED)
-            simd.store_float32(state + 4, np.float32(0))
-            simd.store_float32(state + 8, np.float32(0))
-            simd.store_float32(state + 12, simd.sum_of(q_sum))
+            memory.store_float32(state, MASKED)
+            memory.store_float32(state + 4, np.float32(0))
+            memory.store_float32(state + 8, np.float32(0))
+            memory.store_float32(state + 12, simd.sum_of(q_sum))
             state += ROW_STATE * 4
 
 
@@ -73,29 +73,29 @@ def _softmax_row(scores, visible, parameters, state, weights):
 
     Returns what the row's earlier totals shrink by. Tokens from `visible` on are masked.
     """
-    q_sum = simd.broadcast(simd.float32_at(state + 12))
-    largest = simd.float32_at(state)
+    q_sum = simd.broadcast(memory.float32_at(state + 12))
+    largest = memory.float32_at(state)
     best = simd.broadcast(MASKED)
     for place in range(0, BLOCK_ROW_BYTES, VECTOR_BYTES):
-        zero_part = simd.load(parameters + BLOCK_ROW_BYTES + place) * q_sum
-        score = simd.fma(simd.load(scores + place), simd.load(parameters + place), zero_part)
+        zero_part = memory.load(parameters + BLOCK_ROW_BYTES + place) * q_sum
+        score = simd.fma(memory.load(scores + place), memory.load(parameters + place), zero_part)
         if place // 4 + LANES > visible:
             score = simd.mask_from(score, visible - place // 4)
-        simd.store(scores + place, score)
+        memory.store(scores + place, score)
         best = simd.at_least(score, best)
     new_largest = max(largest, simd.max_of(best))
     top = simd.broadcast(new_largest)
     weight_sum = zero_sum = simd.broadcast(np.float32(0))
     for place in range(0, BLOCK_ROW_BYTES, VECTOR_BYTES):
-        weight = simd.exp_or_zero(simd.load(scores + place) - top)
+        weight = simd.exp_or_zero(memory.load(scores + place) - top)
         weight_sum = weight_sum + weight
-        zero_sum = simd.fma(weight, simd.load(parameters + 3 * BLOCK_ROW_BYTES + place), zero_sum)
-        amx.store_bfloat16(weights + place // 2, weight * simd.load(parameters + 2 * BLOCK_ROW_BYTES + place))
+        zero_sum = simd.fma(weight, memory.load(parameters + 3 * BLOCK_ROW_BYTES + place), zero_sum)
+        amx.store_bfloat16(weights + place // 2, weight * memory.load(parameters + 2 * BLOCK_ROW_BYTES + place))
     correction = simd.exp(simd.broadcast(largest - new_largest))
     shrink = simd.first_of(correction)
-    simd.store_float32(state, new_largest)
-    simd.store_float32(state + 4, simd.float32_at(state + 4) * shrink + simd.sum_of(weight_sum))
-    simd.store_float32(state + 8, simd.float32_at(state + 8) * shrink + simd.sum_of(zero_sum))
+    memory.store_float32(state, new_largest)
+    memory.store_float32(state + 4, memory.float32_at(state + 4) * shrink + simd.sum_of(weight_sum))
+    memory.store_float32(state + 8, memory.float32_at(state + 8) * shrink + simd.sum_of(zero_sum))
     return correction
 
 
@@ -111,10 +111,10 @@ def _block(queries, keys, values, parameters, first_visible, head_dim, scores, w
         row_weights = weights + row * BLOCK_SIZE * 2
         correction = _softmax_row(scores + row * BLOCK_ROW_BYTES, visible, parameters, row_state, row_weights)
         for place in range(row * row_bytes, (row + 1) * row_bytes, VECTOR_BYTES):
-            simd.store(totals + place, simd.load(totals + place) * correction)
+            memory.store(totals + place, memory.load(totals + place) * correction)
     _products(weights, BLOCK_SIZE * 2, values, BLOCK_SIZE // amx.TILE_DEPTH, num_tiles, products, row_bytes)
     for place in range(0, QUERIES * row_bytes, VECTOR_BYTES):
-        simd.store(totals + place, simd.load(totals + place) + simd.load(products + place))
+        memory.store(totals + place, memory.load(totals + place) + memory.load(products + place))
 
 
 @inline_jit
@@ -122,11 +122,11 @@ def _store(totals, state, count, group, head_dim, out, row_bytes):
     for head in range(group):
         for row in range(QUERIES):
             if row < count:
-                weight_sum = simd.broadcast(simd.float32_at(state + 4))
-                zero_sum = simd.broadcast(simd.float32_at(state + 8))
+                weight_sum = simd.broadcast(memory.float32_at(state + 4))
+                zero_sum = simd.broadcast(memory.float32_at(state + 8))
                 for dim in range(0, head_dim, LANES):
-                    value = (simd.load(totals + dim * 4) + zero_sum) / weight_sum
-                    simd.store(out + row * row_bytes + (head * head_dim + dim) * 4, value)
+                    value = (memory.load(totals + dim * 4) + zero_sum) / weight_sum
+                    memory.store(out + row * row_bytes + (head * head_dim + dim) * 4, value)
             totals += head_dim * 4
             state += ROW_STATE * 4
 
@@ -135,10 +135,10 @@ def _store(totals, state, count, group, head_dim, out, row_bytes):
 def _item(a, sequence, first_query, head):
     """32 queries (or what is left) of a sequence, from its first_query on, for one kv head."""
     group, head_dim, is_float16 = a[7], a[8], a[9]
-    start, stop = simd.int32_at(a[2] + sequence * 4), simd.int32_at(a[2] + (sequence + 1) * 4)
+    start, stop = memory.int32_at(a[2] + sequence * 4), memory.int32_at(a[2] + (sequence + 1) * 4)
     count = min(QUERIES, stop - start - first_query)
     first_row = start + first_query
-    context_len = simd.int32_at(a[3] + sequence * 4)
+    context_len = memory.int32_at(a[3] + sequence * 4)
     first_position = context_len - (stop - start) + first_query
     pairs = group * QUERIES
     buffer = np.empty(pairs * (head_dim * 6 + ROW_STATE * 4) + BLOCK_SIZE * head_dim * 4 + VECTOR_BYTES, np.uint8)
@@ -155,7 +155,7 @@ def _item(a, sequence, first_query, head):
     q = a[0] + first_row * a[1] + head * group * head_dim * 4
     _load_queries(q, a[1], count, group, head_dim, queries, state, totals)
     for first_token in range(0, first_position + count, BLOCK_SIZE):
-        block = simd.int32_at(a[4] + (sequence * a[5] + first_token // BLOCK_SIZE) * 4)
+        block = memory.int32_at(a[4] + (sequence * a[5] + first_token // BLOCK_SIZE) * 4)
         keys_at = a[10] + (block * a[6] + head) * a[11]
         block_bytes = BLOCK_SIZE * head_dim * (2 if is_float16 else 1)
         tokens = min(BLOCK_SIZE, context_len - first_token)
@@ -178,16 +178,16 @@ def _item(a, sequence, first_query, head):
             )
     out = a[13] + first_row * a[14] + head * group * head_dim * 4
     _store(totals, state, count, group, head_dim, out, a[14])
-    simd.keep_alive(buffer)
-    simd.keep_alive(scratch)
+    memory.keep_alive(buffer)
+    memory.keep_alive(scratch)
 
 
 @inline_jit
 def _chunk(arguments, chunk):
-    a = carray(simd.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
+    a = carray(memory.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
     item, head = chunk // a[6], chunk % a[6]
     amx.configure(a[15])
-    _item(a, simd.int32_at(a[12] + item * 8), simd.int32_at(a[12] + item * 8 + 4), head)
+    _item(a, memory.int32_at(a[12] + item * 8), memory.int32_at(a[12] + item * 8 + 4), head)
     amx.release()
 
 
@@ -229,5 +229,5 @@ def tile_attention(
     a[10], a[11], a[12] = kv_cache.ctypes.data, kv_cache.shape[2], items.ctypes.data
     a[13], a[14], a[15] = out.ctypes.data, out.shape[1] * 4, config.ctypes.data
     run_job(pool, function, a.ctypes.data, num_items * num_kv_heads)
-    simd.keep_alive(items)
-    simd.keep_alive(a)
+    memory.keep_alive(items)
+    memory.keep_alive(a)

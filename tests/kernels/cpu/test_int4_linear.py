@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nibble.kernels.cpu import amx
 from nibble.kernels.cpu.backend import CPUKernels
 from nibble.kernels.interface import Int4Weight, Mode
 from nibble.kernels.pack import dequantize_int4, pack_int4
@@ -129,6 +130,18 @@ def test_nan_stays_in_its_row(kernels: CPUKernels, rng: np.random.Generator, mod
 def test_no_tokens_give_no_rows(kernels: CPUKernels, rng: np.random.Generator, mode: Mode) -> None:
     weight, _ = random_weight(rng, 96, 96, 32)
     assert kernels.int4_linear(np.empty((0, 96), np.float32), weight, mode=mode).shape == (0, 96)
+
+
+def test_without_bf16_tiles_prefill_computes_as_decode(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amx, "is_available", lambda: False)
+    plain = CPUKernels(num_threads=1)
+    weight, _ = random_weight(rng, 70, 96, 32)
+    x = rng.standard_normal((33, 96)).astype(np.float32)
+    prefill, decode = (plain.int4_linear(x, weight, mode=mode) for mode in (Mode.PREFILL, Mode.DECODE))
+    np.testing.assert_array_equal(prefill, decode)
+    plain.close()
 
 
 def test_read_only_weights_are_accepted(kernels: CPUKernels, rng: np.random.Generator) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numba import carray
 
-from nibble.kernels.cpu import atomics, simd
+from nibble.kernels.cpu import atomics, memory
 from nibble.kernels.cpu.jit import ChunkFunction, kernel_jit
 from nibble.kernels.cpu.thread_pool import ThreadPool, run_job
 
@@ -23,7 +23,7 @@ def count_chunk(arguments, chunk):
 def run_counts(pool, function, counts, num_chunks):
     run_job(pool, function, counts.ctypes.data, num_chunks)
     # read after the job: all chunks' writes must be visible
-    return carray(simd.address_as_void_pointer(counts.ctypes.data), num_chunks, np.int64).sum()
+    return carray(memory.address_as_void_pointer(counts.ctypes.data), num_chunks, np.int64).sum()
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
