@@ -109,10 +109,24 @@ def _bin(logits, largest, temperature, weights, order, bin_starts, bin_sums):
 
 @inline_jit
 def _sort_bin(logits, order, start, stop):
-    """Order the ids of one bin by falling logit; equal logits keep rising ids."""
-    ids = order[start:stop].copy()
-    by_logit = np.argsort(-logits[ids], kind="mergesort")
-    order[start:stop] = ids[by_logit]
+    """Order the ids of one bin by falling logit; equal logits keep rising ids (a merge sort, bottom-up)."""
+    ids = order[start:stop]
+    merged = np.empty(stop - start, np.int32)
+    width = 1
+    while width < len(ids):
+        for left in range(0, len(ids), 2 * width):
+            i, j = left, left + width
+            middle, right = min(left + width, len(ids)), min(left + 2 * width, len(ids))
+            for place in range(left, right):
+                if i < middle and (j >= right or logits[ids[i]] >= logits[ids[j]]):
+                    merged[place] = ids[i]
+                    i += 1
+                else:
+                    merged[place] = ids[j]
+                    j += 1
+        for place in range(len(ids)):
+            ids[place] = merged[place]
+        width *= 2
 
 
 @inline_jit
