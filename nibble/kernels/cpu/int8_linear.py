@@ -34,7 +34,8 @@ from nibble.kernels.cpu.vector_ir import (
 )
 
 MAX_TOKENS = 8
-CHUNK_ROWS = 64
+CHUNK_ROWS = 512
+PREFETCH_BYTES = 8192  # how far ahead of its arithmetic a thread asks for values
 NUM_ARGUMENTS = 10
 
 
@@ -88,6 +89,7 @@ def _rows(sums, num_rows, values, scales, num_columns, group_size, x, out):
     for group in range(num_groups):
         scale = load_scales(num_rows, scales + group * 2, num_groups * 2)
         for column in range(group * group_size, (group + 1) * group_size, LANES):
+            memory.prefetch(values + num_rows * column + PREFETCH_BYTES)
             sums = accumulate(sums, scale, values + column, num_columns, x + column * 4, num_columns * 4)
     memory.store(out, simd.sum_all(sums))
 

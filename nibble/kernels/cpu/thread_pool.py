@@ -22,8 +22,8 @@ from nibble.kernels.cpu import atomics
 from nibble.kernels.cpu.jit import inline_jit, kernel_jit
 
 CACHE_LINE = 64
-TICKET, DONE, FUNCTION, ARGUMENTS, SLEEPING, STOP = (i * CACHE_LINE for i in range(6))  # byte offsets
-MUTEX = 6 * CACHE_LINE
+TICKET, DONE, FUNCTION, ARGUMENTS, SLEEPING, STOP, NUM_THREADS = (i * CACHE_LINE for i in range(7))  # byte offsets
+MUTEX = 7 * CACHE_LINE
 CONDITION = MUTEX + atomics.POSIX_OBJECT_BYTES
 STATE_BYTES = CONDITION + atomics.POSIX_OBJECT_BYTES
 
@@ -114,8 +114,15 @@ def _worker(state):
             atomics.mutex_unlock(state + MUTEX)
 
 
+@inline_jit
+def num_threads_of(state):
+    """How many threads share a job, the caller included."""
+    return atomics.atomic_load(state + NUM_THREADS)
+
+
 @kernel_jit
-def _initialize(state):
+def _initialize(state, num_threads):
+    atomics.atomic_exchange(state + NUM_THREADS, num_threads)
     atomics.mutex_init(state + MUTEX, 0)
     atomics.cond_init(state + CONDITION, 0)
 
@@ -133,7 +140,7 @@ class ThreadPool:
         memory = np.zeros(STATE_BYTES + CACHE_LINE, np.uint8)
         self.num_threads = num_threads
         self.state: int = -(-memory.ctypes.data // CACHE_LINE) * CACHE_LINE  # what run_job takes
-        _initialize(self.state)
+        _initialize(self.state, num_threads)
         threads = [
             threading.Thread(target=_worker, args=(self.state,), name=f"nibble-cpu-{i}", daemon=True)
             for i in range(1, num_threads)
