@@ -17,6 +17,7 @@ from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
 from nibble.service.broker.errors import BrokerUnavailable
 from nibble.service.broker.wire import Assignment, WorkerInfo
 from nibble.service.broker.worker_side import WorkerBroker
+from nibble.service.worker.heartbeat import Heartbeat
 from nibble.service.worker.metrics import WorkerMetrics
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,13 @@ class WorkerLoop:
     def __init__(
         self, engine: Engine, broker: WorkerBroker, metrics: WorkerMetrics, info: WorkerInfo, idle_wait_s: float
     ) -> None:
+        """idle_wait_s: at most a third of the broker's lease, which the loop renews at least that often."""
         self.engine = engine
         self.broker = broker
         self.metrics = metrics
         self._info = info
         self._idle_wait_s = idle_wait_s
+        self._heartbeat = Heartbeat(broker, idle_wait_s)
         self._stopping = False
         self._events: list[TokenEvent] = []  # not yet taken by the broker
 
@@ -62,8 +65,12 @@ class WorkerLoop:
         After an exception they are not handed back: a hand-back does not count as a lost worker, and a request that
         breaks every worker would go round for ever instead of being given up.
         """
-        while not self._stopping:
-            self.run_once()
+        self._heartbeat.start()
+        try:
+            while not self._stopping:
+                self.run_once()
+        finally:
+            self._heartbeat.stop()
         self._exchange(capacity=0, state="draining")
         self.broker.close()
 
@@ -96,6 +103,7 @@ class WorkerLoop:
         except BrokerUnavailable as error:
             logger.warning("event=broker_unavailable error=%r held_events=%d", str(error), len(self._events))
             return False
+        self._heartbeat.beat()
         self._log_finished(self._events)
         self._events = []
         for request_id in exchange.dropped:

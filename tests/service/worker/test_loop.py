@@ -17,6 +17,7 @@ from nibble.service.broker.embedded import EmbeddedValkey
 from nibble.service.broker.gateway_side import GatewayBroker
 from nibble.service.broker.wire import WorkerInfo
 from nibble.service.broker.worker_side import WorkerBroker
+from nibble.service.worker.heartbeat import Heartbeat
 from nibble.service.worker.loop import WorkerLoop
 from nibble.service.worker.metrics import WorkerMetrics
 
@@ -28,6 +29,8 @@ class CountingEngine:
         self.stats = EngineStats()
         self.requests: dict[str, tuple[GenerationRequest, int]] = {}
         self.started_at: dict[str, int] = {}
+        self.step_s = 0.005
+        self.num_adds = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -42,6 +45,7 @@ class CountingEngine:
             raise ZeroDivisionError("a bug")
         if request.prompt_token_ids == [0]:
             raise RequestError("prompt has a zero")
+        self.num_adds += 1
         self.requests[request.request_id] = (request, len(generated_token_ids))
         self.started_at[request.request_id] = len(generated_token_ids)
 
@@ -49,7 +53,7 @@ class CountingEngine:
         self.requests.pop(request_id, None)
 
     def step(self) -> list[TokenEvent]:
-        time.sleep(0.005)
+        time.sleep(self.step_s)
         events = []
         for request_id, (request, index) in list(self.requests.items()):
             is_last = index + 1 == request.sampling.max_tokens
@@ -134,6 +138,36 @@ async def test_an_abort_reaches_the_engine_while_it_works(
         await anext(aiter(stream))
         await gateway.abort("r")
         await until(lambda: not engine.requests)
+
+
+async def test_a_step_longer_than_the_lease_does_not_lose_it(
+    redis_url: str, namespace: str, gateway: GatewayBroker
+) -> None:
+    info = WorkerInfo(worker_id="other", model="m", device="d", state="ready", max_num_sequences=4)
+    other = WorkerBroker(redis_url, "other", namespace=namespace)
+    with running_worker(redis_url, namespace) as engine:
+        engine.step_s = 3.0
+        stream = await gateway.submit(make_request("r", max_tokens=2))
+        await asyncio.sleep(2.6)
+        other.exchange([], 0, info)  # takes expired leases away
+        token_ids, last = await collect(stream)
+        assert (token_ids, last.finish_reason) == ([10, 11], FinishReason.LENGTH)
+        assert engine.num_adds == 1
+
+
+async def test_the_lease_of_a_worker_that_hangs_is_not_renewed_for_ever(redis_url: str, namespace: str) -> None:
+    info = WorkerInfo(worker_id="w", model="m", device="d", state="ready", max_num_sequences=4)
+    hanging, other = (WorkerBroker(redis_url, name, namespace=namespace, lease_s=0.3) for name in ("w", "other"))
+    hanging.exchange([], 1, info)
+    heartbeat = Heartbeat(hanging, interval_s=0.1, max_step_s=0.8)
+    heartbeat.start()
+    await asyncio.sleep(0.6)
+    other.exchange([], 1, info)  # takes expired leases away
+    assert hanging.renew()
+    await asyncio.sleep(0.8)
+    other.exchange([], 1, info)
+    heartbeat.stop()
+    assert not hanging.renew()
 
 
 async def test_a_stopped_worker_hands_its_requests_to_the_next(
