@@ -67,6 +67,7 @@ def _many_tokens(words, scales, num_groups, group_size, x, x_stride, totals):
             rows = row_scales(half_scales)
             for _ in range(group_size // FRAGMENT):
                 sums = accumulate(sums, rows, half_words, half_x, x_stride)
+                memory.prefetch(half_words + PREFETCH_BYTES)
                 half_words += FRAGMENT_BYTES
                 half_x += VECTOR_BYTES
             half_scales += TILE_ROWS * SCALE_BYTES
