@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nibble.engine.checkpoint.native import Checkpoint
 from nibble.engine.model_config import ModelConfig
 from nibble.engine.rope import inverse_frequencies
-from nibble.kernels.interface import Array, AttentionBatch, Int4Weight, Int8Weight, Kernels, Mode
+from nibble.kernels.interface import Array, AttentionBatch, AttentionStep, Int4Weight, Int8Weight, Kernels, Mode
 from nibble.kernels.layout import KVLayout
 
 
@@ -23,11 +23,13 @@ class Linear:
     weight: Int4Weight | Int8Weight
     bias: Array | None = None
 
-    def __call__(self, kernels: Kernels, x: Array, mode: Mode, residual: Array | None = None) -> Array:
-        """x (T, in_features) -> (T, out_features); added into `residual` in place where one is given."""
+    def __call__(
+        self, kernels: Kernels, x: Array, mode: Mode, residual: Array | None = None, gated: bool = False
+    ) -> Array:
+        """As `Kernels.int4_linear`: x (T, in_features) -> (T, out_features), or added into `residual`, or gated."""
         if isinstance(self.weight, Int4Weight):
-            return kernels.int4_linear(x, self.weight, self.bias, residual, mode=mode)
-        return kernels.int8_linear(x, self.weight, self.bias, residual, mode=mode)
+            return kernels.int4_linear(x, self.weight, self.bias, residual, mode=mode, gated=gated)
+        return kernels.int8_linear(x, self.weight, self.bias, residual, mode=mode, gated=gated)
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,21 @@ class DecoderModel:
         Returns logits float32 (S, vocab_size) of batch.last_rows.
         """
         kernels, mode, eps = self.kernels, batch.mode, self.config.rms_norm_eps
+        plan = kernels.plan_attention(batch.attention, self.kv_layout, len(batch.ids), mode=mode)
+        step = AttentionStep(batch.attention, batch.positions, batch.slots, self.rope_table, plan)
         x = kernels.embedding(batch.ids, self.embedding)  # (T, H), the residual stream
-        for i, layer in enumerate(self.layers):
-            h = kernels.rms_norm(x, layer.attention_norm, eps)
-            qkv = layer.qkv(kernels, h, mode)  # (T, (num_heads + 2 num_kv_heads) D)
-            kernels.rope(qkv, batch.positions, self.rope_table, self.kv_layout)
-            kernels.append_kv(qkv, batch.slots, kv_cache[i], self.kv_layout)
-            attended = kernels.paged_attention(qkv, kv_cache[i], batch.attention, self.kv_layout, mode=mode)
-            x = layer.o(kernels, attended, mode, residual=x)
-            h = kernels.rms_norm(x, layer.mlp_norm, eps)
-            gate_up = layer.gate_up(kernels, h, mode)  # (T, 2 I)
-            x = layer.down(kernels, kernels.silu_and_mul(gate_up), mode, residual=x)
+        for layer, cache in zip(self.layers, kv_cache, strict=True):
+            with kernels.temporaries():
+                h = kernels.rms_norm(x, layer.attention_norm, eps)
+                qkv = layer.qkv(kernels, h, mode)  # (T, (num_heads + 2 num_kv_heads) D)
+                attended = kernels.attention(qkv, cache, step, self.kv_layout, mode=mode)
+                layer.o(kernels, attended, mode, residual=x)
+                h = kernels.rms_norm(x, layer.mlp_norm, eps)
+                h = layer.gate_up(kernels, h, mode, gated=True)  # (T, I)
+                layer.down(kernels, h, mode, residual=x)
         last = kernels.gather_rows(x, batch.last_rows)  # (S, H)
-        normed = kernels.rms_norm(last, self.final_norm, eps)
         # Always batch-invariant: S is small, and the first sampled token must not depend on who else is prefilled.
-        return kernels.int8_linear(normed, self.lm_head, mode=Mode.DECODE)
+        return kernels.logits(kernels.rms_norm(last, self.final_norm, eps), self.lm_head)
 
 
 class _Loader:

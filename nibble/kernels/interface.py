@@ -5,6 +5,8 @@ backend of a machine without a GPU; `cuda/` (CuPy RawKernels) implements the sam
 backend's arrays are (numpy on CPU, CuPy on CUDA): all are C-contiguous unless said otherwise, and the engine passes
 them around without naming the library.
 
+Activations are new arrays unless said otherwise, see `temporaries`.
+
 Symbols: T tokens of a step (all sequences' queries, concatenated), S sequences, H hidden size, N output features,
 K input features, V vocabulary, D head_dim. Activations are float32 on CPU and float16 on CUDA; the residual stream
 is float32 on both. Storage formats (INT4 tiles, INT8 rows, KV blocks) are specified in `layout.py`.
@@ -12,6 +14,8 @@ is float32 on both. Storage formats (INT4 tiles, INT8 rows, KV blocks) are speci
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, TypeAlias
@@ -82,6 +86,24 @@ class AttentionBatch:
 
 
 @dataclass(frozen=True)
+class AttentionStep:
+    """What all layers of one forward pass share in `Kernels.attention`."""
+
+    batch: AttentionBatch
+    positions: Array  # int32 (T,)
+    slots: Array  # int64 (T,), where each token's key and value go: block_id * 64 + offset
+    rope_table: Array  # of `Kernels.rope_table`
+    plan: Array | None  # of `Kernels.plan_attention` for this batch
+
+
+class HostCopy(Protocol):
+    """A copy from the device that is under way."""
+
+    def wait(self) -> npt.NDArray[Any]:
+        """The array, once it has arrived."""
+
+
+@dataclass(frozen=True)
 class SamplingBatch:
     """Per-row sampling parameters; see `Kernels.sample`."""
 
@@ -109,11 +131,48 @@ class Kernels(Protocol):
     def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """A new zero-filled array on the device."""
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether ops return before their work is done, so that the host can prepare the next step meanwhile."""
+
+    def host_buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Zero-filled host memory that copies to and from the device can use directly (page-locked on CUDA)."""
+
+    def copy_to_device(self, source: npt.NDArray[Any], target: Array) -> None:
+        """target[...] = source, same shape and dtype. source, a `host_buffer`, must stay unchanged until it arrived:
+        until a `start_to_host` that came later has been waited for."""
+
+    def start_to_host(self, array: Array) -> HostCopy:
+        """Begin to copy the array as it will be when all work before this call has finished."""
+
+    def temporaries(self) -> AbstractContextManager[None]:
+        """A scope: what ops return within it (not `zeros` and `to_device`) is invalid after it, its memory used anew.
+
+        Ops return arrays of a workspace of fixed size on CUDA; the engine opens a scope per step and per layer.
+        """
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A function that repeats what `step` does on the device, in one launch where the device has such a thing.
+
+        `step` may call ops only (no `to_host`, `zeros`, `to_device`, nothing that depends on values) and is called
+        here, at least once, with valid data in its buffers; the result reads and writes the same arrays.
+        """
+
     def warm_up(self) -> None:
         """Compile or load every kernel, so that no request pays for it."""
 
     def read_bandwidth(self) -> float:
         """Bytes per second that the device reads from memory, measured now: the roof of decode."""
+
+    def gather_ids(self, ids: Array, latest: Array) -> Array:
+        """Token ids of which some are known to the device alone: ids[t], or latest[-1 - ids[t]] where ids[t] < 0.
+
+        ids int32 (T,), latest int32 (n,): the last sampled id of each of n sequences -> new int32 (T,). A latest id
+        below 0 (a row that could not be sampled) counts as 0.
+        """
+
+    def scatter_ids(self, ids: Array, indices: Array, latest: Array) -> None:
+        """latest[indices[i]] = ids[i], in place; all int32, ids and indices (S,). An index < 0 is skipped."""
 
     def embedding(self, ids: Array, weight: Int8Weight) -> Array:
         """Rows of the embedding table, dequantised. ids int32 (T,) -> new float32 (T, H)."""
@@ -129,11 +188,13 @@ class Kernels(Protocol):
         residual: Array | None = None,
         *,
         mode: Mode,
+        gated: bool = False,
     ) -> Array:
-        """x @ w.T + bias (+ residual). x (T, K), bias float32 (N,) -> (T, N), accumulated in fp32.
+        """x @ w.T + bias (+ residual). x (T, K), bias float32 (N,) -> new (T, N), accumulated in fp32.
 
-        With `residual` float32 (T, N) the result is added to it in place and `residual` is returned. See `Mode` for
-        what a row's result may depend on.
+        With `residual` float32 (T, N) the result is added to it in place and `residual` is returned. With `gated`
+        (no residual then) the weight is a gate_up matrix and `silu_and_mul` of the product, (T, N / 2), is returned.
+        See `Mode` for what a row's result may depend on.
         """
 
     def int8_linear(
@@ -144,8 +205,12 @@ class Kernels(Protocol):
         residual: Array | None = None,
         *,
         mode: Mode,
+        gated: bool = False,
     ) -> Array:
-        """As `int4_linear`, for INT8 weights (the lm_head, and linears that a checkpoint does not hold in 4 bits)."""
+        """As `int4_linear`, for INT8 weights (linears that a checkpoint does not hold in 4 bits)."""
+
+    def logits(self, x: Array, weight: Int8Weight) -> Array:
+        """x @ w.T of the lm_head: x (S, H) -> new float32 (S, V). Batch-invariant as in `Mode.DECODE`."""
 
     def rope_table(self, inverse_frequencies: list[float], num_positions: int, attention_factor: float) -> Array:
         """Rotary table float32 (num_positions, 2, D / 2): cos and sin of p * inverse_frequencies, times the factor.
@@ -174,6 +239,18 @@ class Kernels(Protocol):
         Query head h reads KV head h // (num_heads / num_kv_heads); scores are scaled by 1 / sqrt(D); softmax and
         sums in fp32. Keys and values come from the cache alone, so that prefill, chunked prefill and decode see the
         same (quantised) numbers. Ragged: any mix of query lengths >= 1, in both modes. -> new (T, num_heads * D).
+        """
+
+    def plan_attention(self, batch: AttentionBatch, layout: KVLayout, num_tokens: int, *, mode: Mode) -> Array | None:
+        """What `attention` wants to know of a batch of num_tokens queries once, not layer by layer; opaque.
+
+        Made on the device out of the batch's arrays, so that a captured step makes it anew each time.
+        """
+
+    def attention(self, qkv: Array, kv_cache: Array, step: AttentionStep, layout: KVLayout, *, mode: Mode) -> Array:
+        """`rope`, then `append_kv`, then `paged_attention`, in as few kernels as possible. qkv may be overwritten.
+
+        -> new (T, num_heads * D).
         """
 
     def silu_and_mul(self, gate_up: Array) -> Array:

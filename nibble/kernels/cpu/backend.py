@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import platform
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,8 @@ from nibble.kernels.cpu import (
     amx,
     append_kv,
     bf16_linear,
+    digit_linear,
+    digits,
     embedding,
     gather_rows,
     int4_linear,
@@ -33,8 +38,25 @@ from nibble.kernels.cpu import (
 )
 from nibble.kernels.cpu.thread_pool import ThreadPool
 from nibble.kernels.cpu.warm_up import warm_up
-from nibble.kernels.interface import Array, AttentionBatch, Int4Weight, Int8Weight, Mode, SamplingBatch
+from nibble.kernels.interface import (
+    Array,
+    AttentionBatch,
+    AttentionStep,
+    HostCopy,
+    Int4Weight,
+    Int8Weight,
+    Mode,
+    SamplingBatch,
+)
 from nibble.kernels.layout import KVDtype, KVLayout
+
+
+@dataclass(frozen=True)
+class _FinishedCopy:
+    array: npt.NDArray[Any]
+
+    def wait(self) -> npt.NDArray[Any]:
+        return self.array
 
 
 class CPUKernels:
@@ -65,11 +87,37 @@ class CPUKernels:
     def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         return np.zeros(shape, dtype)
 
+    @property
+    def is_asynchronous(self) -> bool:
+        return False
+
+    def host_buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        return np.zeros(shape, dtype)
+
+    def copy_to_device(self, source: npt.NDArray[Any], target: Array) -> None:
+        target[...] = source
+
+    def start_to_host(self, array: Array) -> HostCopy:
+        return _FinishedCopy(array.copy())
+
+    def temporaries(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        return step
+
     def warm_up(self) -> None:
         warm_up(self)
 
     def read_bandwidth(self) -> float:
         return read_bandwidth.read_bandwidth(self._pool)
+
+    def gather_ids(self, ids: Array, latest: Array) -> Array:
+        return np.where(ids < 0, np.maximum(latest[-1 - np.minimum(ids, -1)], 0), ids).astype(np.int32)
+
+    def scatter_ids(self, ids: Array, indices: Array, latest: Array) -> None:
+        latest[indices[indices >= 0]] = ids[indices >= 0]
 
     def embedding(self, ids: Array, weight: Int8Weight) -> Array:
         out = np.empty((len(ids), weight.in_features), np.float32)
@@ -83,8 +131,16 @@ class CPUKernels:
         return out
 
     def int4_linear(
-        self, x: Array, weight: Int4Weight, bias: Array | None = None, residual: Array | None = None, *, mode: Mode
+        self,
+        x: Array,
+        weight: Int4Weight,
+        bias: Array | None = None,
+        residual: Array | None = None,
+        *,
+        mode: Mode,
+        gated: bool = False,
     ) -> Array:
+        assert not (gated and residual is not None), "a gated linear has no residual"
         out = _linear_out(x, weight, residual)
         packed, bias_address, add = self._address(weight.packed), self._optional_address(bias), residual is not None
         if len(x) == 0:
@@ -94,14 +150,25 @@ class CPUKernels:
             bf16_linear.bf16_linear(
                 self._pool, function, self._tile_config, x, packed, 0, weight.group_size, bias_address, add, out
             )
+        elif self._tile_config is not None:
+            function = digit_linear.int4_chunk_function.address
+            digit_linear.digit_linear(self._pool, function, x, packed, 0, weight.group_size, bias_address, add, out)
         else:
             function = int4_linear.chunk_function.address
             int4_linear.int4_gemv(self._pool, function, x, packed, weight.group_size, bias_address, add, out)
-        return out
+        return self.silu_and_mul(out) if gated else out
 
     def int8_linear(
-        self, x: Array, weight: Int8Weight, bias: Array | None = None, residual: Array | None = None, *, mode: Mode
+        self,
+        x: Array,
+        weight: Int8Weight,
+        bias: Array | None = None,
+        residual: Array | None = None,
+        *,
+        mode: Mode,
+        gated: bool = False,
     ) -> Array:
+        assert not (gated and residual is not None), "a gated linear has no residual"
         out = _linear_out(x, weight, residual)
         values, scales = self._address(weight.values), self._address(weight.scales)
         bias_address, add = self._optional_address(bias), residual is not None
@@ -112,10 +179,18 @@ class CPUKernels:
             bf16_linear.bf16_linear(
                 self._pool, function, self._tile_config, x, values, scales, weight.group_size, bias_address, add, out
             )
+        elif self._tile_config is not None and weight.group_size % digits.BLOCK == 0:
+            function = digit_linear.int8_chunk_function.address
+            digit_linear.digit_linear(
+                self._pool, function, x, values, scales, weight.group_size, bias_address, add, out
+            )
         else:
             function = int8_linear.chunk_function.address
             int8_linear.int8_gemv(self._pool, function, x, values, scales, weight.group_size, bias_address, add, out)
-        return out
+        return self.silu_and_mul(out) if gated else out
+
+    def logits(self, x: Array, weight: Int8Weight) -> Array:
+        return self.int8_linear(x, weight, mode=Mode.DECODE)
 
     def rope_table(self, inverse_frequencies: list[float], num_positions: int, attention_factor: float) -> Array:
         return rope.rope_table(inverse_frequencies, num_positions, attention_factor)
@@ -144,6 +219,14 @@ class CPUKernels:
             function = paged_attention.chunk_function.address
             paged_attention.paged_attention(self._pool, function, qkv, kv_cache, *sequences, *shape, out)
         return out
+
+    def plan_attention(self, batch: AttentionBatch, layout: KVLayout, num_tokens: int, *, mode: Mode) -> Array | None:
+        return None
+
+    def attention(self, qkv: Array, kv_cache: Array, step: AttentionStep, layout: KVLayout, *, mode: Mode) -> Array:
+        self.rope(qkv, step.positions, step.rope_table, layout)
+        self.append_kv(qkv, step.slots, kv_cache, layout)
+        return self.paged_attention(qkv, kv_cache, step.batch, layout, mode=mode)
 
     def silu_and_mul(self, gate_up: Array) -> Array:
         out = np.empty((len(gate_up), gate_up.shape[1] // 2), np.float32)
