@@ -1,0 +1,50 @@
+"""Memory for what a step computes: one run of device memory, handed out front to back and taken back in scopes.
+
+Why not CuPy's pool: a captured graph keeps using the addresses it was captured with, and a pool would give them to
+others. Here every pass over the same shapes gets the same addresses, all graphs share one arena (they run one after
+another on one stream), and its peak is known before the KV cache takes what is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import cupy
+import numpy as np
+import numpy.typing as npt
+
+from nibble.kernels.cuda.errors import OutOfMemoryError
+
+ALIGNMENT = 256  # bytes; cudaMalloc's, and more than any vector access needs
+
+
+class Arena:
+    """A stack of device arrays."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._memory = cupy.cuda.alloc(num_bytes)
+        self.num_bytes = num_bytes
+        self.peak_bytes = 0  # the most that was ever in use
+        self._used = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> cupy.ndarray:
+        """An uninitialised array, valid until the scope that it was made in ends. Raises OutOfMemoryError."""
+        dtype = np.dtype(dtype)
+        start = self._used
+        end = start + -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        if end > self.num_bytes:
+            raise OutOfMemoryError(f"the workspace has {self.num_bytes} bytes, this step needs at least {end}")
+        self._used = end
+        self.peak_bytes = max(self.peak_bytes, end)
+        return cupy.ndarray(shape, dtype, self._memory + start)
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Takes back what was made within. Kernels in flight may still use it: later ones come after them."""
+        mark = self._used
+        try:
+            yield
+        finally:
+            self._used = mark

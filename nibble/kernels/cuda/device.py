@@ -1,0 +1,54 @@
+"""The GPU as the launchers see it: its size, its loaded kernels, its workspace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cupy
+import numpy.typing as npt
+
+from nibble.kernels.cuda.arena import Arena
+from nibble.kernels.cuda.compile import Defines, KernelResources, compile_cubin
+from nibble.kernels.cuda.errors import CUDABackendError
+from nibble.kernels.cuda.launch import Kernel, get_function, load_module
+
+OLDEST = (8, 0)
+
+
+class Device:
+    """One GPU; the launchers (`<op>.py`) get it as their first argument."""
+
+    def __init__(self, index: int, workspace_bytes: int, kernel_cache: Path | None = None) -> None:
+        cupy.cuda.Device(index).use()
+        properties = cupy.cuda.runtime.getDeviceProperties(index)
+        capability = (properties["major"], properties["minor"])
+        if capability < OLDEST:
+            raise CUDABackendError(f"compute capability {capability[0]}.{capability[1]}, the least is 8.0")
+        self.name = properties["name"].decode()
+        self.num_multiprocessors = int(properties["multiProcessorCount"])
+        self.max_shared_bytes = int(properties["sharedMemPerBlockOptin"])
+        self.architecture = f"sm_{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
+        self._overlaps = capability >= (9, 0)  # programmatic dependent launch
+        self.arena = Arena(workspace_bytes)
+        self._kernel_cache = kernel_cache
+        self._modules: dict[tuple[str, Defines], Any] = {}
+        self._kernels: dict[tuple[str, Defines, str], Kernel] = {}
+        self.resources: dict[tuple[str, Defines, str], KernelResources] = {}
+
+    def kernel(self, stem: str, name: str, defines: Defines = ()) -> Kernel:
+        """The function `name` of `<stem>.cu`, compiled at its first use."""
+        key = (stem, defines, name)
+        if key not in self._kernels:
+            if (stem, defines) not in self._modules:
+                cubin = compile_cubin(stem, defines, self.architecture, self._kernel_cache)
+                self._modules[stem, defines] = load_module(cubin.code)
+                for function, resources in cubin.resources.items():
+                    self.resources[stem, defines, function] = resources
+            function = get_function(self._modules[stem, defines], name)
+            self._kernels[key] = Kernel(function, name, self._overlaps)
+        return self._kernels[key]
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> cupy.ndarray:
+        """An uninitialised array of the workspace; see `Arena.empty`."""
+        return self.arena.empty(shape, dtype)
