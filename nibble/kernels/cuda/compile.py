@@ -27,7 +27,7 @@ SOURCE_DIRECTORY = Path(__file__).parent
 
 Defines: TypeAlias = tuple[tuple[str, int], ...]  # (name, value), in a fixed order: part of the cache key
 
-_OPTIONS = ("-std=c++17", "-default-device", "-ptxas-options=-v", "-lineinfo")
+_OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v", "-lineinfo")
 
 
 @dataclass(frozen=True)
