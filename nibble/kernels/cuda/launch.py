@@ -9,6 +9,7 @@ hundreds of kernels one by one, and the time to build Python objects for each wo
 from __future__ import annotations
 
 import ctypes
+import struct
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,7 @@ from cuda.bindings import driver
 from nibble.kernels.cuda.errors import DriverError
 
 MAX_STATIC_SHARED_BYTES = 48 * 1024  # more must be asked for, per kernel
+MAX_ARGUMENTS = 32
 
 _CLUSTER_DIMENSION = 4
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
@@ -34,8 +36,12 @@ class _Config(ctypes.Structure):
     """CUlaunchConfig."""
 
     _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
+        ("grid_x", ctypes.c_uint),
+        ("grid_y", ctypes.c_uint),
+        ("grid_z", ctypes.c_uint),
+        ("block_x", ctypes.c_uint),
+        ("block_y", ctypes.c_uint),
+        ("block_z", ctypes.c_uint),
         ("shared_bytes", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.POINTER(_Attribute)),
@@ -57,7 +63,7 @@ def check(error: Any) -> None:
 
 
 class Kernel:
-    """One `extern "C"` function on the device."""
+    """One `extern "C"` function on the device. Not thread-safe: one buffer holds the arguments of a launch."""
 
     def __init__(self, function: Any, name: str, overlaps: bool) -> None:
         """overlaps: the device has programmatic dependent launch (sm_90)."""
@@ -66,6 +72,14 @@ class Kernel:
         self._handle = int(function)
         self._overlaps = overlaps
         self._shared_limit = MAX_STATIC_SHARED_BYTES
+        self._attributes = (_Attribute * 2)()
+        self._attributes[0].id = _PROGRAMMATIC_STREAM_SERIALIZATION
+        self._attributes[0].value[0] = int(overlaps)
+        self._attributes[1].id = _CLUSTER_DIMENSION
+        self._config = _Config(block_y=1, block_z=1, attributes=self._attributes)
+        self._slots = (ctypes.c_uint64 * MAX_ARGUMENTS)()  # the driver copies them before a launch returns
+        address = ctypes.addressof(self._slots)
+        self._pointers = (ctypes.c_void_p * MAX_ARGUMENTS)(*(address + 8 * i for i in range(MAX_ARGUMENTS)))
 
     def launch(
         self,
@@ -80,21 +94,18 @@ class Kernel:
         arguments: CuPy arrays (C-contiguous), None (a null pointer), NumPy scalars of the parameter's exact type.
         shared_bytes: dynamic shared memory. cluster: blocks along x per cluster (sm_90).
         """
-        self._allow_shared(shared_bytes)
-        config = _Config(grid, (block, 1, 1), shared_bytes, cupy.cuda.get_current_stream().ptr)
-        attributes = (_Attribute * 2)()
-        count = 0
-        if self._overlaps:
-            attributes[0].id, attributes[0].value[0] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
-            count = 1
+        if shared_bytes > self._shared_limit:
+            self._allow_shared(shared_bytes)
+        config = self._config
+        config.grid_x, config.grid_y, config.grid_z = grid
+        config.block_x, config.shared_bytes = block, shared_bytes
+        config.stream = cupy.cuda.get_current_stream().ptr
+        config.num_attributes = 1
         if cluster > 1:
-            attributes[count].id = _CLUSTER_DIMENSION
-            attributes[count].value[0:3] = [cluster, 1, 1]
-            count += 1
-        config.attributes, config.num_attributes = attributes, count
-        values = [_as_ctypes(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        result = _launch_function()(ctypes.byref(config), self._handle, pointers, None)
+            config.num_attributes = 2
+            self._attributes[1].value[0:3] = [cluster, 1, 1]
+        _argument_format(tuple(map(type, arguments))).pack_into(self._slots, 0, *map(_value, arguments))
+        result = _launch_function()(ctypes.byref(config), self._handle, self._pointers, None)
         if result:
             raise DriverError(f"launching {self.name}: {driver.CUresult(result).name}")
 
@@ -105,31 +116,36 @@ class Kernel:
         return int(value)
 
     def _allow_shared(self, shared_bytes: int) -> None:
-        if shared_bytes <= self._shared_limit:
-            return
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         check(driver.cuFuncSetAttribute(self._function, attribute, shared_bytes)[0])
         self._shared_limit = shared_bytes
 
 
-_SCALARS: dict[type, Any] = {
-    np.int32: ctypes.c_int32,
-    np.uint32: ctypes.c_uint32,
-    np.int64: ctypes.c_int64,
-    np.uint64: ctypes.c_uint64,
-    np.float32: ctypes.c_float,
+# struct formats of one argument each, in a slot of 8 bytes
+_FORMATS = {
+    cupy.ndarray: "Q",
+    type(None): "Q",
+    np.int32: "i4x",
+    np.uint32: "I4x",
+    np.int64: "q",
+    np.uint64: "Q",
+    np.float32: "f4x",
 }
 
 
-def _as_ctypes(argument: Any) -> Any:
+@cache
+def _argument_format(types: tuple[type, ...]) -> struct.Struct:
+    unknown = [kind.__name__ for kind in types if kind not in _FORMATS]
+    assert not unknown, f"{unknown} are no kernel arguments; wrap numbers: np.int32(...)"
+    assert len(types) <= MAX_ARGUMENTS, f"a kernel has {len(types)} parameters, the limit is {MAX_ARGUMENTS}"
+    return struct.Struct("<" + "".join(_FORMATS[kind] for kind in types))
+
+
+def _value(argument: Any) -> Any:
     if isinstance(argument, cupy.ndarray):
         assert argument.flags.c_contiguous, "a kernel's arrays must be C-contiguous"
-        return ctypes.c_void_p(argument.data.ptr)
-    if argument is None:
-        return ctypes.c_void_p(0)
-    scalar = _SCALARS.get(type(argument))
-    assert scalar is not None, f"{type(argument).__name__} is not a kernel argument; wrap numbers: np.int32(...)"
-    return scalar(argument.item())
+        return argument.data.ptr
+    return 0 if argument is None else argument
 
 
 def load_module(code: bytes) -> Any:
