@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from nibble.kernels.cpu.backend import CPUKernels
+if TYPE_CHECKING:
+    from nibble.kernels.cpu.backend import CPUKernels
 
 
 @pytest.fixture(scope="session")
 def kernels() -> Iterator[CPUKernels]:
+    from nibble.kernels.cpu.backend import CPUKernels  # numba, which a machine for GPU tests may lack
+
     backend = CPUKernels(num_threads=2)
     yield backend
     backend.close()

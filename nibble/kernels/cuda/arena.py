@@ -24,7 +24,10 @@ class Arena:
     """A stack of device arrays."""
 
     def __init__(self, num_bytes: int) -> None:
-        self._memory = cupy.cuda.alloc(num_bytes)
+        try:
+            self._memory = cupy.cuda.alloc(num_bytes)
+        except cupy.cuda.memory.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"a workspace of {num_bytes} bytes: {error}") from error
         self.num_bytes = num_bytes
         self.peak_bytes = 0  # the most that was ever in use
         self._used = 0
@@ -39,6 +42,13 @@ class Arena:
         self._used = end
         self.peak_bytes = max(self.peak_bytes, end)
         return cupy.ndarray(shape, dtype, self._memory + start)
+
+    def poison(self, max_bytes: int | None = None) -> None:
+        """Fill (the first max_bytes of) the free part with 0xFF, which is NaN as a float and -1 as an id: for tests."""
+        num_bytes = self.num_bytes - self._used
+        if max_bytes is not None:
+            num_bytes = min(num_bytes, max_bytes)
+        (self._memory + self._used).memset_async(0xFF, num_bytes, cupy.cuda.get_current_stream())
 
     @contextmanager
     def scope(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The GPU as the launchers see it: its size, its loaded kernels, its workspace."""
+"""The GPU as the launchers see it: its size, its stream, its loaded kernels, its workspace."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ OLDEST = (8, 0)
 
 
 class Device:
-    """One GPU; the launchers (`<op>.py`) get it as their first argument."""
+    """One GPU; the launchers (`<op>.py`) get it as their first argument.
+
+    Makes itself and its stream the current ones of the calling thread. The stream is one of its own because the
+    default stream cannot be captured; all work goes to it, so that everything happens in program order.
+    """
 
     def __init__(self, index: int, workspace_bytes: int, kernel_cache: Path | None = None) -> None:
         cupy.cuda.Device(index).use()
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream.use()
         properties = cupy.cuda.runtime.getDeviceProperties(index)
         capability = (properties["major"], properties["minor"])
         if capability < OLDEST:

@@ -74,7 +74,7 @@ class Kernel:
         self._shared_limit = MAX_STATIC_SHARED_BYTES
         self._attributes = (_Attribute * 2)()
         self._attributes[0].id = _PROGRAMMATIC_STREAM_SERIALIZATION
-        self._attributes[0].value[0] = int(overlaps)
+        self._attributes[0].value[0] = 1
         self._attributes[1].id = _CLUSTER_DIMENSION
         self._config = _Config(block_y=1, block_z=1, attributes=self._attributes)
         self._slots = (ctypes.c_uint64 * MAX_ARGUMENTS)()  # the driver copies them before a launch returns
@@ -89,19 +89,22 @@ class Kernel:
         shared_bytes: int = 0,
         cluster: int = 1,
     ) -> None:
-        """Launch on the current stream. Does not wait, allocates nothing.
+        """Launch on the current stream. Does not wait, allocates nothing. An empty grid launches nothing.
 
         arguments: CuPy arrays (C-contiguous), None (a null pointer), NumPy scalars of the parameter's exact type.
         shared_bytes: dynamic shared memory. cluster: blocks along x per cluster (sm_90).
         """
+        if 0 in grid:
+            return
         if shared_bytes > self._shared_limit:
             self._allow_shared(shared_bytes)
         config = self._config
         config.grid_x, config.grid_y, config.grid_z = grid
         config.block_x, config.shared_bytes = block, shared_bytes
         config.stream = cupy.cuda.get_current_stream().ptr
-        config.num_attributes = 1
+        config.num_attributes = 1 if self._overlaps else 0
         if cluster > 1:
+            assert self._overlaps, "clusters need sm_90"
             config.num_attributes = 2
             self._attributes[1].value[0:3] = [cluster, 1, 1]
         _argument_format(tuple(map(type, arguments))).pack_into(self._slots, 0, *map(_value, arguments))

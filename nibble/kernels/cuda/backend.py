@@ -1,0 +1,195 @@
+"""`Kernels` on one NVIDIA GPU (sm_80 and newer): arrays are CuPy's, ops are the launchers beside this file.
+
+Ops return arrays of a workspace of fixed size (`arena.py`) and only enqueue work on one stream. Nothing here runs
+CuPy's own kernels, which would be compiled at their first use. What each op computes is documented in `interface.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import cupy
+import cupyx
+import numpy as np
+import numpy.typing as npt
+
+from nibble.kernels.cuda import capture, upload
+from nibble.kernels.cuda.device import Device
+from nibble.kernels.cuda.errors import OutOfMemoryError
+from nibble.kernels.cuda.host_copy import HostCopies
+from nibble.kernels.interface import (
+    Array,
+    AttentionBatch,
+    AttentionStep,
+    HostCopy,
+    Int4Weight,
+    Int8Weight,
+    Mode,
+    SamplingBatch,
+)
+from nibble.kernels.layout import KVLayout
+
+DEFAULT_WORKSPACE_BYTES = 1 << 30
+
+
+def _op(stem: str) -> Any:
+    return importlib.import_module(f"nibble.kernels.cuda.{stem}")
+
+
+class CUDAKernels:
+    """`Kernels` on one GPU. To be used in the thread that makes it: CuPy's current device and stream are a thread's."""
+
+    def __init__(
+        self, index: int = 0, workspace_bytes: int = DEFAULT_WORKSPACE_BYTES, kernel_cache: Path | None = None
+    ) -> None:
+        """index: among the devices CUDA shows this process. workspace_bytes: for what a step computes (`arena.py`).
+
+        kernel_cache: where compiled kernels are kept, by default the user's cache directory.
+        Raises CUDABackendError where the device is too old or the workspace does not fit.
+        """
+        self.device = Device(index, workspace_bytes, kernel_cache)
+        self._copies = HostCopies()
+        self._uploader = upload.Uploader()
+
+    @property
+    def device_name(self) -> str:
+        return f"cuda: {self.device.name}"
+
+    def memory_info(self) -> tuple[int, int]:
+        cupy.get_default_memory_pool().free_all_blocks()
+        free_bytes, total_bytes = cupy.cuda.runtime.memGetInfo()
+        return int(free_bytes), int(total_bytes)
+
+    def to_device(self, array: npt.NDArray[Any]) -> Array:
+        source = np.ascontiguousarray(array)
+        target = _allocate(array.shape, array.dtype)
+        if source.nbytes >= upload.MIN_BYTES:
+            self._uploader.upload(source.reshape(-1).view(np.uint8), target.data.ptr)
+        elif source.nbytes:
+            target.set(source, stream=self.device.stream)
+            self.device.stream.synchronize()  # the caller may change or drop its array
+        return target
+
+    def to_host(self, array: Array) -> npt.NDArray[Any]:
+        assert array.flags.c_contiguous, "only C-contiguous arrays are copied"
+        host: npt.NDArray[Any] = array.get(stream=self.device.stream)
+        return host
+
+    def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        array = _allocate(shape, np.dtype(dtype))
+        array.data.memset_async(0, array.nbytes, self.device.stream)
+        return array
+
+    @property
+    def is_asynchronous(self) -> bool:
+        return True
+
+    def host_buffer(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        buffer: npt.NDArray[Any] = cupyx.zeros_pinned(shape, dtype)
+        return buffer
+
+    def copy_to_device(self, source: npt.NDArray[Any], target: Array) -> None:
+        assert (source.shape, source.dtype) == (target.shape, target.dtype), "source and target must be alike"
+        assert source.flags.c_contiguous, "only C-contiguous arrays are copied"
+        assert target.flags.c_contiguous, "only C-contiguous arrays are copied"
+        kind, stream = cupy.cuda.runtime.memcpyHostToDevice, self.device.stream
+        cupy.cuda.runtime.memcpyAsync(target.data.ptr, source.ctypes.data, source.nbytes, kind, stream.ptr)
+
+    def start_to_host(self, array: Array) -> HostCopy:
+        return self._copies.start(array)
+
+    def temporaries(self) -> AbstractContextManager[None]:
+        return self.device.arena.scope()
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        return capture.capture(self.device, step)
+
+    def warm_up(self) -> None:
+        pass
+
+    def read_bandwidth(self) -> float:
+        bandwidth: float = _op("read_bandwidth").read_bandwidth(self.device)
+        return bandwidth
+
+    def gather_ids(self, ids: Array, latest: Array) -> Array:
+        return _op("token_ids").gather_ids(self.device, ids, latest)
+
+    def scatter_ids(self, ids: Array, indices: Array, latest: Array) -> None:
+        _op("token_ids").scatter_ids(self.device, ids, indices, latest)
+
+    def embedding(self, ids: Array, weight: Int8Weight) -> Array:
+        return _op("embedding").embedding(self.device, ids, weight)
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        return _op("rms_norm").rms_norm(self.device, x, weight, eps)
+
+    def int4_linear(
+        self,
+        x: Array,
+        weight: Int4Weight,
+        bias: Array | None = None,
+        residual: Array | None = None,
+        *,
+        mode: Mode,
+        gated: bool = False,
+    ) -> Array:
+        return _op("int4_linear").int4_linear(self.device, x, weight, bias, residual, mode, gated)
+
+    def int8_linear(
+        self,
+        x: Array,
+        weight: Int8Weight,
+        bias: Array | None = None,
+        residual: Array | None = None,
+        *,
+        mode: Mode,
+        gated: bool = False,
+    ) -> Array:
+        return _op("int8_linear").int8_linear(self.device, x, weight, bias, residual, mode, gated)
+
+    def logits(self, x: Array, weight: Int8Weight) -> Array:
+        return _op("int8_linear").logits(self.device, x, weight)
+
+    def rope_table(self, inverse_frequencies: list[float], num_positions: int, attention_factor: float) -> Array:
+        return _op("rope").rope_table(self.device, inverse_frequencies, num_positions, attention_factor)
+
+    def rope(self, qkv: Array, positions: Array, table: Array, layout: KVLayout) -> None:
+        _op("rope").rope(self.device, qkv, positions, table, layout)
+
+    def append_kv(self, qkv: Array, slots: Array, kv_cache: Array, layout: KVLayout) -> None:
+        _op("append_kv").append_kv(self.device, qkv, slots, kv_cache, layout)
+
+    def paged_attention(
+        self, qkv: Array, kv_cache: Array, batch: AttentionBatch, layout: KVLayout, *, mode: Mode
+    ) -> Array:
+        return _op("attention").paged_attention(self.device, qkv, kv_cache, batch, layout, mode)
+
+    def plan_attention(self, batch: AttentionBatch, layout: KVLayout, num_tokens: int, *, mode: Mode) -> Array | None:
+        return _op("attention").plan_attention(self.device, batch, layout, num_tokens, mode)
+
+    def attention(self, qkv: Array, kv_cache: Array, step: AttentionStep, layout: KVLayout, *, mode: Mode) -> Array:
+        return _op("attention").attention(self.device, qkv, kv_cache, step, layout, mode)
+
+    def silu_and_mul(self, gate_up: Array) -> Array:
+        return _op("silu_and_mul").silu_and_mul(self.device, gate_up)
+
+    def gather_rows(self, x: Array, rows: Array) -> Array:
+        return _op("gather_rows").gather_rows(self.device, x, rows)
+
+    def add_to_logits(self, logits: Array, rows: Array, ids: Array, values: Array) -> None:
+        _op("add_to_logits").add_to_logits(self.device, logits, rows, ids, values)
+
+    def sample(self, logits: Array, batch: SamplingBatch) -> Array:
+        return _op("sample").sample(self.device, logits, batch)
+
+
+def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> cupy.ndarray:
+    """Memory that stays the caller's. Raises OutOfMemoryError."""
+    try:
+        return cupy.empty(shape, dtype)
+    except cupy.cuda.memory.OutOfMemoryError as error:
+        raise OutOfMemoryError(str(error)) from error
