@@ -18,6 +18,9 @@ constexpr uint32 FULL_WARP = 0xffffffffu;
 // ---- programmatic dependent launch --------------------------------------------------------------------------------
 // Every kernel calls grid_wait() in every thread before it reads or writes anything that an earlier kernel touches
 // (weights never are), also in blocks that have nothing to do: it is what orders kernels that overlap.
+// Pointers to what an earlier kernel wrote must not be `const __restrict__` (nor read through __ldg): that promises the
+// compiler memory that nobody writes while the kernel runs, and it may move such a load to before grid_wait(). For
+// weights it is right.
 
 DEVICE void grid_wait() {
 #if __CUDA_ARCH__ >= 900
