@@ -122,6 +122,9 @@ class Kernels(Protocol):
     def device_name(self) -> str:
         """What the work runs on, for people: `cpu: Intel(R) Xeon(R), 2 threads`."""
 
+    def memory_info(self) -> tuple[int, int]:
+        """(free, total) bytes of the memory that device arrays live in, now."""
+
     def to_device(self, array: npt.NDArray[Any]) -> Array:
         """The array on the device. The CPU backend returns its argument without a copy (a memory map stays one)."""
 

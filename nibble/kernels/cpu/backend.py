@@ -77,6 +77,12 @@ class CPUKernels:
     def device_name(self) -> str:
         return f"cpu: {_cpu_model()}, {self.num_threads} threads"
 
+    def memory_info(self) -> tuple[int, int]:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        free_kib, total_kib = (int(fields[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
+        return free_kib * 1024, total_kib * 1024
+
     def to_device(self, array: npt.NDArray[Any]) -> Array:
         return array
 
