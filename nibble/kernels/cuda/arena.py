@@ -32,6 +32,10 @@ class Arena:
         self.peak_bytes = 0  # the most that was ever in use
         self._used = 0
 
+    @property
+    def free_bytes(self) -> int:
+        return self.num_bytes - self._used
+
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> cupy.ndarray:
         """An uninitialised array, valid until the scope that it was made in ends. Raises OutOfMemoryError."""
         dtype = np.dtype(dtype)
@@ -45,9 +49,7 @@ class Arena:
 
     def poison(self, max_bytes: int | None = None) -> None:
         """Fill (the first max_bytes of) the free part with 0xFF, which is NaN as a float and -1 as an id: for tests."""
-        num_bytes = self.num_bytes - self._used
-        if max_bytes is not None:
-            num_bytes = min(num_bytes, max_bytes)
+        num_bytes = self.free_bytes if max_bytes is None else min(self.free_bytes, max_bytes)
         (self._memory + self._used).memset_async(0xFF, num_bytes, cupy.cuda.get_current_stream())
 
     @contextmanager
