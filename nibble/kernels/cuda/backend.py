@@ -17,7 +17,7 @@ import cupyx
 import numpy as np
 import numpy.typing as npt
 
-from nibble.kernels.cuda import capture, upload
+from nibble.kernels.cuda import capture, upload, variants
 from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.errors import OutOfMemoryError
 from nibble.kernels.cuda.host_copy import HostCopies
@@ -34,6 +34,7 @@ from nibble.kernels.interface import (
 from nibble.kernels.layout import KVLayout
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
+MIN_WORKSPACE_BYTES = 2 << 20  # the granularity of device memory
 
 
 def _op(stem: str) -> Any:
@@ -84,6 +85,16 @@ class CUDAKernels:
         array.data.memset_async(0, array.nbytes, self.device.stream)
         return array
 
+    def fit_workspace(self, step: Callable[[], None]) -> int:
+        arena = self.device.arena
+        arena.resize(MIN_WORKSPACE_BYTES)
+        # Half of what is free: modules and local memory, loaded at a kernel's first launch, need some of it too.
+        arena.resize(max(MIN_WORKSPACE_BYTES, self.memory_info()[0] // 2))
+        step()
+        self.device.stream.synchronize()
+        arena.resize(max(MIN_WORKSPACE_BYTES, arena.peak_bytes))
+        return arena.num_bytes
+
     @property
     def is_asynchronous(self) -> bool:
         return True
@@ -109,7 +120,9 @@ class CUDAKernels:
         return capture.capture(self.device, step)
 
     def warm_up(self) -> None:
-        pass
+        for _, stem, defines, _ in variants.compile_all((self.device.architecture,), self.device.kernel_cache):
+            self.device.load(stem, defines)
+        self._uploader.close()
 
     def read_bandwidth(self) -> float:
         bandwidth: float = _op("read_bandwidth").read_bandwidth(self.device)

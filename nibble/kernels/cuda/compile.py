@@ -154,22 +154,37 @@ def _parse_resources(log: str) -> Iterator[tuple[str, KernelResources]]:
 
 
 def _load(path: Path) -> Cubin | None:
+    """None where either file is missing, or is not what was written (a disk that lost power, or was full)."""
     try:
-        resources = json.loads(path.with_suffix(".json").read_text())
-        return Cubin(path.read_bytes(), {name: KernelResources(**fields) for name, fields in resources.items()})
-    except (OSError, ValueError, TypeError):
+        code, report = path.read_bytes(), json.loads(path.with_suffix(".json").read_bytes())
+        if report["sha256"] != hashlib.sha256(code).hexdigest():
+            return None
+        return Cubin(code, {name: KernelResources(**fields) for name, fields in report["resources"].items()})
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def _store(path: Path, cubin: Cubin) -> None:
-    """Write both files under other names first: a reader sees a whole file or none. The code comes last."""
+    """Write both files under other names first: a reader sees a whole file or none."""
+    report = {
+        "sha256": hashlib.sha256(cubin.code).hexdigest(),
+        "resources": {name: asdict(fields) for name, fields in cubin.resources.items()},
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        resources = json.dumps({name: asdict(fields) for name, fields in cubin.resources.items()})
-        for target, content in ((path.with_suffix(".json"), resources.encode()), (path, cubin.code)):
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(content)
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, target)
+        for target, content in ((path.with_suffix(".json"), json.dumps(report).encode()), (path, cubin.code)):
+            _replace(target, content)
     except OSError:
         pass  # a full or read-only disk costs the next start its compile time, nothing else
+
+
+def _replace(target: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, target)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import cupy
 import numpy.typing as npt
@@ -37,8 +36,7 @@ class Device:
         self.architecture = f"sm_{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
         self._overlaps = capability >= (9, 0)  # programmatic dependent launch
         self.arena = Arena(workspace_bytes)
-        self._kernel_cache = kernel_cache
-        self._modules: dict[tuple[str, Defines], Any] = {}
+        self.kernel_cache = kernel_cache
         self._kernels: dict[tuple[str, Defines, str], Kernel] = {}
         self.resources: dict[tuple[str, Defines, str], KernelResources] = {}
 
@@ -46,14 +44,16 @@ class Device:
         """The function `name` of `<stem>.cu`, compiled at its first use."""
         key = (stem, defines, name)
         if key not in self._kernels:
-            if (stem, defines) not in self._modules:
-                cubin = compile_cubin(stem, defines, self.architecture, self._kernel_cache)
-                self._modules[stem, defines] = load_module(cubin.code)
-                for function, resources in cubin.resources.items():
-                    self.resources[stem, defines, function] = resources
-            function = get_function(self._modules[stem, defines], name)
-            self._kernels[key] = Kernel(function, name, self._overlaps)
+            self.load(stem, defines)
         return self._kernels[key]
+
+    def load(self, stem: str, defines: Defines) -> None:
+        """Compile `<stem>.cu`, or take it from the cache, and load all of its functions."""
+        cubin = compile_cubin(stem, defines, self.architecture, self.kernel_cache)
+        module = load_module(cubin.code)
+        for name, resources in cubin.resources.items():
+            self._kernels[stem, defines, name] = Kernel(get_function(module, name), name, self._overlaps)
+            self.resources[stem, defines, name] = resources
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> cupy.ndarray:
         """An uninitialised array of the workspace; see `Arena.empty`."""

@@ -159,6 +159,8 @@ def load_module(code: bytes) -> Any:
 
 
 def get_function(module: Any, name: str) -> Any:
+    """Loaded to the device now: lazily, a capture or a request would come upon it."""
     error, function = driver.cuModuleGetFunction(module, name.encode())
     check(error)
+    check(driver.cuFuncLoad(function)[0])
     return function
