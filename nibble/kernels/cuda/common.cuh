@@ -80,6 +80,14 @@ DEVICE uint32 and_or(uint32 a, uint32 mask, uint32 bits) {
     return d;
 }
 
+// Four int8 as two fp16 pairs: 0x6400 + byte is 1024 + byte, exactly, and the bytes are offset by 128.
+DEVICE void int8_to_half(uint32 word, uint32& low, uint32& high) {
+    const uint32 bytes = word ^ 0x80808080u;
+    const uint32 minus_1152 = 0xe480e480u;
+    low = half2_add(__byte_perm(bytes, 0x64646464u, 0x4140), minus_1152);
+    high = half2_add(__byte_perm(bytes, 0x64646464u, 0x4342), minus_1152);
+}
+
 // ---- asynchronous copies to shared memory -----------------------------------------------------------------------------
 
 DEVICE uint32 shared_address(const void* pointer) { return uint32(__cvta_generic_to_shared(pointer)); }
