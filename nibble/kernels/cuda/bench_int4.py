@@ -1,0 +1,194 @@
+"""Speed of `int4_linear` on this GPU: `python -m nibble.kernels.cuda.bench_int4 [--model llama-3-8b] [--tokens 1 64]`.
+
+Decode: the four linears of all layers as one graph, each layer with weights of its own, which is what an engine step
+runs and is too large for L2; then each shape alone over all its layers. Prefill: each shape alone, T tokens.
+Times are medians of graph replays by GPU events. The roof is `--bandwidth` for bytes and `--flops` for products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+
+from nibble.kernels.cuda.backend import CUDAKernels
+from nibble.kernels.interface import Int4Weight, Mode
+from nibble.kernels.layout import TILE_COLUMNS, TILE_ROWS, int4_num_bytes
+
+NUM_LAYERS = 32
+REPLAYS = 9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One linear of a layer."""
+
+    name: str
+    rows: int
+    columns: int
+    gated: bool = False
+    adds: bool = False  # to the residual
+    has_bias: bool = False
+
+
+def _model(hidden: int, qkv: int, intermediate: int, has_bias: bool = False) -> tuple[Shape, ...]:
+    return (
+        Shape("qkv", qkv, hidden, has_bias=has_bias),
+        Shape("o", hidden, hidden, adds=True),
+        Shape("gate_up", 2 * intermediate, hidden, gated=True),
+        Shape("down", hidden, intermediate, adds=True),
+    )
+
+
+MODELS = {
+    "llama-3-8b": (_model(4096, 6144, 14336), 128),
+    "qwen2.5-7b": (_model(3584, 4608, 18944, has_bias=True), 128),
+    "llama-3.2-1b": (_model(2048, 3072, 8192), 128),
+    "smollm2-135m": (_model(576, 960, 1536), 32),
+}
+
+
+class Layers:
+    """Random weights of all layers; one random run of tiles on the host, copied from many places of it."""
+
+    def __init__(self, kernels: CUDAKernels, shapes: Sequence[Shape], group_size: int, num_layers: int) -> None:
+        self.kernels = kernels
+        rng = np.random.default_rng(0)
+        sizes = [int4_num_bytes(shape.rows, shape.columns, group_size) for shape in shapes]
+        tile_bytes = int4_num_bytes(TILE_ROWS, TILE_COLUMNS, group_size)
+        num_tiles = -(-max(sizes) // tile_bytes) + 97
+        source = kernels.to_device(_random_tiles(rng, num_tiles, tile_bytes))
+        self.weights: list[list[Int4Weight]] = []
+        for _ in range(num_layers):
+            layer = []
+            for shape, size in zip(shapes, sizes, strict=True):
+                packed = kernels.zeros((size,), np.uint8)
+                offset = int(rng.integers(97)) * tile_bytes
+                cupy.cuda.runtime.memcpyAsync(
+                    packed.data.ptr, source.data.ptr + offset, size, 3, kernels.device.stream.ptr
+                )
+                layer.append(Int4Weight(packed, shape.rows, shape.columns, group_size))
+            self.weights.append(layer)
+        kernels.device.stream.synchronize()
+        self.num_bytes = sizes
+
+
+def _random_tiles(rng: np.random.Generator, num_tiles: int, tile_bytes: int) -> np.ndarray:
+    nibble_bytes = TILE_ROWS * TILE_COLUMNS // 2
+    tiles = rng.integers(0, 256, (num_tiles, tile_bytes), dtype=np.uint8)
+    scale = rng.random((num_tiles, (tile_bytes - nibble_bytes) // 4)) * 0.004
+    pairs = np.stack((scale, -8 * scale), axis=-1).astype(np.float16)
+    tiles[:, nibble_bytes:] = pairs.reshape(num_tiles, -1).view(np.uint8)
+    return tiles.reshape(-1)
+
+
+def median_us(kernels: CUDAKernels, step: Callable[[], None], replays: int = REPLAYS) -> float:
+    """Of a step as a graph, after two replays to warm up."""
+    graph, stream = kernels.capture(step), kernels.device.stream
+    events = [cupy.cuda.Event() for _ in range(replays + 3)]
+    for event in events:
+        event.record(stream)
+        graph()
+    stream.synchronize()
+    times = [cupy.cuda.get_elapsed_time(first, second) for first, second in itertools.pairwise(events[2:])]
+    return float(np.median(times)) * 1e3
+
+
+class Bench:
+    def __init__(self, kernels: CUDAKernels, model: str, bandwidth: float, flops: float, num_layers: int) -> None:
+        self.kernels, self.bandwidth, self.flops = kernels, bandwidth, flops
+        self.shapes, group_size = MODELS[model]
+        self.layers = Layers(kernels, self.shapes, group_size, num_layers)
+        self.num_layers = num_layers
+        self.rng = np.random.default_rng(1)
+
+    def _arrays(self, num_tokens: int) -> list[dict[str, Any]]:
+        """Per shape: x, bias and residual."""
+        arrays = []
+        for shape in self.shapes:
+            x = self.rng.standard_normal((num_tokens, shape.columns)).astype(np.float16)
+            bias = self.rng.standard_normal(shape.rows).astype(np.float32) if shape.has_bias else None
+            residual = np.zeros((num_tokens, shape.rows), np.float32) if shape.adds else None
+            arrays.append(
+                {
+                    "x": self.kernels.to_device(x),
+                    "bias": None if bias is None else self.kernels.to_device(bias),
+                    "residual": None if residual is None else self.kernels.to_device(residual),
+                    "gated": shape.gated,
+                }
+            )
+        return arrays
+
+    def chain(self, num_tokens: int, mode: Mode) -> None:
+        """All layers; each linear reads a buffer of its own, but down, which reads what gate_up wrote."""
+        arrays = self._arrays(num_tokens)
+
+        def step() -> None:
+            for layer in self.layers.weights:
+                with self.kernels.temporaries():
+                    hidden = None
+                    for shape, weight, given in zip(self.shapes, layer, arrays, strict=True):
+                        options = dict(given)
+                        x = options.pop("x")
+                        if shape.name == "down":
+                            x = hidden
+                        hidden = self.kernels.int4_linear(x, weight, mode=mode, **options)
+
+        us = median_us(self.kernels, step)
+        self._report(f"{self.num_layers} layers", num_tokens, us, self.num_layers, range(len(self.shapes)))
+
+    def alone(self, index: int, num_tokens: int, mode: Mode, num_layers: int) -> None:
+        given = self._arrays(num_tokens)[index]
+        x, options = given.pop("x"), given
+
+        def step() -> None:
+            for layer in self.layers.weights[:num_layers]:
+                with self.kernels.temporaries():
+                    self.kernels.int4_linear(x, layer[index], mode=mode, **options)
+
+        us = median_us(self.kernels, step) / num_layers
+        self._report(self.shapes[index].name, num_tokens, us, 1, [index])
+
+    def _report(self, name: str, num_tokens: int, us: float, repeats: int, indices: Sequence[int]) -> None:
+        num_bytes = repeats * sum(self.layers.num_bytes[i] for i in indices)
+        flops = repeats * sum(2 * num_tokens * self.shapes[i].rows * self.shapes[i].columns for i in indices)
+        roof_us = max(num_bytes / self.bandwidth, flops / self.flops) * 1e6
+        sys.stdout.write(
+            f"{name:10} T={num_tokens:<5} {us:10.2f} us  {num_bytes / us / 1e6:6.3f} TB/s"
+            f"  {flops / us / 1e6:6.1f} TFLOP/s  {roof_us / us:6.1%} of roof\n"
+        )
+        sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 16, 32, 64, 128, 256], help="of decode")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of prefill")
+    parser.add_argument("--alone", type=int, nargs="*", default=[1, 64], help="decode tokens of each shape alone")
+    parser.add_argument("--layers", type=int, default=NUM_LAYERS)
+    parser.add_argument("--bandwidth", type=float, default=3.02e12, help="bytes/s")
+    parser.add_argument("--flops", type=float, default=760e12)
+    arguments = parser.parse_args()
+    kernels = CUDAKernels()
+    sys.stdout.write(f"{kernels.device_name}, {arguments.model}\n")
+    bench = Bench(kernels, arguments.model, arguments.bandwidth, arguments.flops, arguments.layers)
+    for num_tokens in arguments.tokens:
+        bench.chain(num_tokens, Mode.DECODE)
+    for num_tokens in arguments.alone:
+        for index in range(len(bench.shapes)):
+            bench.alone(index, num_tokens, Mode.DECODE, arguments.layers)
+    for num_tokens in arguments.prefill:
+        for index in range(len(bench.shapes)):
+            bench.alone(index, num_tokens, Mode.PREFILL, min(2, arguments.layers))
+        bench.chain(num_tokens, Mode.PREFILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Launcher of `int4_linear.cu`, and the choice of implementation by mode; what is computed: `interface.py`.
+
+DECODE, and PREFILL of few tokens: the fused kernel. PREFILL of many: the weight is dequantised to a scratch matrix
+(the same fp16 values) that cuBLAS multiplies, see `gemm.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import cupy
+import numpy as np
+
+from nibble.kernels.cuda import gemm
+from nibble.kernels.cuda.compile import Defines
+from nibble.kernels.cuda.device import Device
+from nibble.kernels.cuda.int4_dequantize import int4_dequantize
+from nibble.kernels.interface import Array, Int4Weight, Mode
+from nibble.kernels.layout import FRAGMENT, GROUP_SIZES, TILE_COLUMNS, TILE_ROWS, int4_num_bytes
+
+VARIANTS: tuple[Defines, ...] = tuple((("GROUP_SIZE", size),) for size in GROUP_SIZES)
+
+MAX_TOKENS = 64  # of a thread block; more are cut into chunks
+THREADS = 128
+# Blocks that a launch is cut into along K, at least: several for each of an H100's 132 multiprocessors. A constant and
+# not the device's number, so that the order of additions is the same on all.
+MIN_BLOCKS = 528
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A kernel of int4_linear.cu."""
+
+    max_tokens: int
+    row_fragments: int  # of a warp
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        return f"int4_linear_{self.max_tokens}"
+
+    def shared_bytes(self, group_size: int) -> int:
+        weight_bytes = self.row_fragments * int4_num_bytes(TILE_ROWS, TILE_COLUMNS, group_size)
+        return self.num_stages * (weight_bytes + self.max_tokens * TILE_COLUMNS * 2)
+
+    def sums_per_block(self) -> int:
+        return self.row_fragments * TILE_ROWS * self.max_tokens
+
+
+_SHAPES = (_Shape(8, 1, 6), _Shape(16, 1, 5), _Shape(32, 2, 4), _Shape(64, 2, 3))  # as at the end of int4_linear.cu
+
+
+class _Arrivals:
+    """Counters that are zero whenever no kernel runs.
+
+    Each launch takes the next ones in a ring, so that launches on two streams do not meet.
+    """
+
+    SIZE = 1 << 16
+
+    def __init__(self) -> None:
+        self._counters = cupy.zeros(self.SIZE, np.uint32)
+        self._next = 0
+
+    def take(self, count: int) -> cupy.ndarray:
+        assert count <= self.SIZE, f"{count} thread blocks share row blocks, the limit is {self.SIZE}"
+        start = self._next if self._next + count <= self.SIZE else 0
+        self._next = start + count
+        return self._counters[start : start + count]
+
+
+_arrivals: WeakKeyDictionary[Device, _Arrivals] = WeakKeyDictionary()
+
+
+def int4_linear(
+    device: Device,
+    x: Array,
+    weight: Int4Weight,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    mode: Mode = Mode.DECODE,
+    gated: bool = False,
+) -> Array:
+    num_tokens = _check(x, weight, bias, residual, gated)
+    if mode is Mode.PREFILL and num_tokens > MAX_TOKENS:
+        rows = functools.partial(int4_dequantize, device, weight)
+        return gemm.linear(device, x, rows, weight.out_features, bias, residual, gated)
+    out = residual
+    if out is None:
+        out = device.empty((num_tokens, weight.out_features // (2 if gated else 1)), np.float16)
+    if num_tokens:
+        _launch(device, x, weight, bias, out, gated)
+    return out
+
+
+def _check(x: Array, weight: Int4Weight, bias: Array | None, residual: Array | None, gated: bool) -> int:
+    num_tokens, num_columns = int(x.shape[0]), int(x.shape[1])
+    rows = weight.out_features
+    assert x.dtype == np.float16, f"x is {x.dtype}, expected float16"
+    assert num_columns == weight.in_features, f"x has {num_columns} columns, the weight {weight.in_features}"
+    num_bytes = int4_num_bytes(rows, num_columns, weight.group_size)
+    assert weight.packed.nbytes == num_bytes, f"the weight has {weight.packed.nbytes} bytes, expected {num_bytes}"
+    assert bias is None or (bias.shape, bias.dtype) == ((rows,), np.float32), "bias must be float32 (N,)"
+    assert residual is None or (residual.shape, residual.dtype) == ((num_tokens, rows), np.float32), (
+        "residual must be float32 (T, N)"
+    )
+    assert not (gated and residual is not None), "a gated product has no residual"
+    assert not gated or rows % FRAGMENT == 0, f"{rows} rows are not interleaved runs of gate and up"
+    return num_tokens
+
+
+def num_tiles_per_slice(num_rows: int, num_columns: int) -> int:
+    """Column tiles that are added up in one go: what the order of additions depends on."""
+    row_tiles, tiles = -(-num_rows // TILE_ROWS), -(-num_columns // TILE_COLUMNS)
+    num_slices = min(tiles, -(-MIN_BLOCKS // row_tiles))
+    return -(-tiles // num_slices)
+
+
+def _launch(device: Device, x: Array, weight: Int4Weight, bias: Array | None, out: Array, gated: bool) -> None:
+    num_tokens, num_columns = x.shape
+    tiles_per_slice = num_tiles_per_slice(weight.out_features, num_columns)
+    num_slices = -(-num_columns // (tiles_per_slice * TILE_COLUMNS))
+    shape = next((shape for shape in _SHAPES if num_tokens <= shape.max_tokens), _SHAPES[-1])
+    chunks = -(-num_tokens // MAX_TOKENS)
+    row_blocks = -(-weight.out_features // (shape.row_fragments * TILE_ROWS))
+    has_residual = out.dtype == np.float32
+    with device.arena.scope():
+        partials, arrivals = None, None
+        if num_slices > 1:
+            partials = device.empty((num_slices * row_blocks * chunks * shape.sums_per_block(),), np.float32)
+            if device not in _arrivals:
+                _arrivals[device] = _Arrivals()
+            arrivals = _arrivals[device].take(row_blocks * chunks)
+        device.kernel("int4_linear", shape.name, (("GROUP_SIZE", weight.group_size),)).launch(
+            (chunks, row_blocks, num_slices),
+            THREADS,
+            *(x, weight.packed, bias, None if has_residual else out, out if has_residual else None),
+            *(partials, arrivals, np.int32(num_tokens), np.int32(weight.out_features), np.int32(num_columns)),
+            *(np.int32(tiles_per_slice), np.int32(gated)),
+            shared_bytes=shape.shared_bytes(weight.group_size),
+        )
