@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from nibble.engine.checkpoint.resolve import resolve_checkpoint
-from nibble.engine.llm_engine import EngineLimits, LLMEngine
+from nibble.engine.limits import EngineLimits
+from nibble.engine.llm_engine import LLMEngine
 from nibble.engine.protocol import GenerationRequest, SamplingParams
 from nibble.kernels.cpu.backend import CPUKernels
 

@@ -1,11 +1,16 @@
 """The engine: `add` and `abort` requests, `step` to compute. Token ids in, token events out.
 
 A library: no HTTP, no Redis, no environment variables, no threads. One caller at a time.
+
+On an asynchronous backend the device never waits for the host: a step is launched before the results of the one before
+it are read, so events come one call of `step` late. That a sequence has reached its length is known when its last step
+is launched; a stop token is found when it is read, and what the step launched meanwhile computed for it is dropped.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass
@@ -13,26 +18,19 @@ from pathlib import Path
 
 from nibble.engine.batch import Batch
 from nibble.engine.block_manager import BlockManager
-from nibble.engine.checkpoint.native import load_checkpoint
-from nibble.engine.errors import CapacityError, RequestError
+from nibble.engine.checkpoint.native import Checkpoint, load_checkpoint
+from nibble.engine.errors import RequestError
+from nibble.engine.limits import EngineLimits
+from nibble.engine.memory_plan import make_runner
 from nibble.engine.model import DecoderModel
 from nibble.engine.model_config import ModelConfig
-from nibble.engine.model_runner import ModelRunner
+from nibble.engine.model_runner import ModelRunner, PendingStep
+from nibble.engine.pass_inputs import MAX_STOP_TOKEN_IDS
 from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
 from nibble.engine.scheduler import Scheduler
 from nibble.engine.sequence import Sequence
 from nibble.kernels.interface import Kernels
-from nibble.kernels.layout import BLOCK_SIZE, KVDtype, KVLayout
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What an engine may use. kv_cache_bytes is rounded down to whole blocks."""
-
-    kv_cache_bytes: int
-    max_num_sequences: int = 64
-    max_num_batched_tokens: int = 512
-    kv_dtype: KVDtype = KVDtype.INT8
+from nibble.kernels.layout import BLOCK_SIZE, KVLayout
 
 
 @dataclass
@@ -60,28 +58,30 @@ class LLMEngine:
         self.config = config
         self.runner = runner
         self.stats = EngineStats()
-        num_blocks = runner.kv_cache.shape[1]
         self.scheduler = Scheduler(
-            BlockManager(num_blocks),
+            BlockManager(runner.num_blocks),
             max_num_sequences=limits.max_num_sequences,
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
-        self.max_context_tokens = min(config.max_context_tokens, num_blocks * BLOCK_SIZE)
+        self.max_context_tokens = min(config.max_context_tokens, runner.num_blocks * BLOCK_SIZE)
         self._sequences: dict[str, Sequence] = {}
+        self._max_pending_steps = 1 if runner.kernels.is_asynchronous else 0  # between two calls of `step`
+        self._pending: deque[PendingStep] = deque()
+        self._collected_s = 0.0
         self._now = now
 
     @classmethod
     def from_checkpoint(cls, directory: Path, kernels: Kernels, limits: EngineLimits) -> LLMEngine:
         """Load a native checkpoint directory. Raises CheckpointError, CapacityError."""
-        checkpoint = load_checkpoint(directory)
+        return cls.load(load_checkpoint(directory), kernels, limits)
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, kernels: Kernels, limits: EngineLimits) -> LLMEngine:
+        """Bring the weights to the device and plan its memory. Raises CapacityError."""
         config = checkpoint.config
         layout = KVLayout(config.num_kv_heads, config.head_dim, limits.kv_dtype)
-        block_bytes = config.num_layers * layout.block_bytes
-        num_blocks = limits.kv_cache_bytes // block_bytes
-        if num_blocks < 1:
-            raise CapacityError(f"one KV block takes {block_bytes} bytes, the KV cache has {limits.kv_cache_bytes}")
         model = DecoderModel(config, kernels, checkpoint, layout)
-        return cls(ModelRunner(kernels, model, num_blocks), config, limits)
+        return cls(make_runner(kernels, model, limits), config, limits)
 
     def add(self, request: GenerationRequest, generated_token_ids: TokenSequence[int] = ()) -> None:
         """Queue a request; generated_token_ids are what another worker already generated for it.
@@ -89,7 +89,7 @@ class LLMEngine:
         Raises RequestError if it can never run here; nothing else is disturbed.
         """
         self._check(request)
-        sequence = Sequence.start(request, generated_token_ids, self._now())
+        sequence = Sequence.start(request, generated_token_ids, self.max_context_tokens, self._now())
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
 
@@ -101,14 +101,13 @@ class LLMEngine:
             self._update_gauges()
 
     def step(self) -> list[TokenEvent]:
-        """Compute one step: schedule, run, update. Returns at most one event per request."""
+        """Schedule a step and launch it, then read what is due. Returns at most one event per request."""
         expired = self._expire()
         batch = self.scheduler.schedule()
-        start_s = time.perf_counter()
-        sampled = self.runner.run(batch) if batch.chunks else []
-        events = [self._update(sequence, token_id) for sequence, token_id in sampled]
-        self._record(batch, len(sampled), time.perf_counter() - start_s)
-        return expired + events
+        if batch.chunks:
+            self._launch(batch)
+        is_due = len(self._pending) > (self._max_pending_steps if batch.chunks else 0)
+        return expired + (self._collect() if is_due else [])
 
     @property
     def has_unfinished(self) -> bool:
@@ -145,18 +144,38 @@ class LLMEngine:
             raise RequestError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
         if request.sampling.max_tokens < 1:
             raise RequestError(f"max_tokens is {request.sampling.max_tokens}, the least is 1")
+        if len(request.sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            num_ids = len(request.sampling.stop_token_ids)
+            raise RequestError(f"request has {num_ids} stop token ids, the limit is {MAX_STOP_TOKEN_IDS}")
         if request.request_id in self._sequences:
             raise RequestError(f"request {request.request_id} is already running")
+
+    def _launch(self, batch: Batch) -> None:
+        now_s = self._now()
+        for chunk in batch.chunks:
+            if chunk.sequence.scheduled_s is None:
+                chunk.sequence.scheduled_s = now_s
+        self._pending.append(self.runner.launch(batch))
+
+    def _collect(self) -> list[TokenEvent]:
+        """Read the oldest pending step."""
+        step = self._pending.popleft()
+        sampled = self.runner.collect(step)
+        # A sequence may have ended since the launch, and its id may even be another one's by now.
+        alive = [pair for pair in sampled if self._sequences.get(pair[0].request_id) is pair[0]]
+        events = [self._update(sequence, token_id) for sequence, token_id in alive]
+        self._record(step, len(alive))
+        return events
 
     def _update(self, sequence: Sequence, token_id: int) -> TokenEvent:
         """Append the sampled token, or end the sequence if its logits were not finite (token_id -1)."""
         if token_id < 0:
             self.stats.num_nonfinite_logits += 1
             return self._finish(sequence, FinishReason.ERROR, "the model's logits were not finite", [])
-        sequence.append(token_id, self.max_context_tokens, self._now())
+        sequence.append(token_id, self._now())
         if sequence.finish_reason is not None:
             return self._finish(sequence, sequence.finish_reason, None, [token_id])
-        return TokenEvent(request_id=sequence.request_id, index=sequence.num_generated_tokens - 1, token_ids=[token_id])
+        return TokenEvent(request_id=sequence.request_id, index=sequence.num_read_tokens - 1, token_ids=[token_id])
 
     def _expire(self) -> list[TokenEvent]:
         """End the sequences whose deadline has passed."""
@@ -168,24 +187,23 @@ class LLMEngine:
         self.abort(sequence.request_id)
         return TokenEvent(
             request_id=sequence.request_id,
-            index=sequence.num_generated_tokens - len(token_ids),
+            index=sequence.num_read_tokens - len(token_ids),
             token_ids=token_ids,
             finish_reason=reason,
             error=error,
             metrics=sequence.metrics(self._now()),
         )
 
-    def _record(self, batch: Batch, num_sampled: int, step_s: float) -> None:
-        stats, scheduler = self.stats, self.scheduler
-        for chunk in batch.chunks:
-            if chunk.sequence.scheduled_s is None:
-                chunk.sequence.scheduled_s = self._now() - step_s
+    def _record(self, step: PendingStep, num_sampled: int) -> None:
+        stats, now_s = self.stats, time.perf_counter()
         stats.num_steps += 1
-        stats.num_prompt_tokens += sum(chunk.num_tokens for chunk in batch.prefill)
+        stats.num_prompt_tokens += sum(chunk.num_tokens for chunk in step.batch.prefill)
         stats.num_generated_tokens += num_sampled
+        stats.num_preemptions = self.scheduler.num_preemptions
+        # Until the step before had finished, the device was not at work for this one.
+        stats.step_bytes, stats.step_s = step.num_bytes, now_s - max(step.launched_s, self._collected_s)
+        self._collected_s = now_s
         self._update_gauges()
-        stats.num_preemptions = scheduler.num_preemptions
-        stats.step_bytes, stats.step_s = self.runner.step_bytes(batch), step_s
 
     def _update_gauges(self) -> None:
         stats, scheduler = self.stats, self.scheduler

@@ -7,7 +7,10 @@ Ainslie et al., "GQA" (2023).
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+
+import msgspec
 
 from nibble.engine.checkpoint.native import Checkpoint
 from nibble.engine.model_config import ModelConfig
@@ -49,7 +52,6 @@ class ForwardBatch:
     ids: Array  # int32 (T,)
     positions: Array  # int32 (T,)
     slots: Array  # int64 (T,), where each token's key and value go: block_id * 64 + offset
-    last_rows: Array  # int32 (S,), rows whose logits are wanted
     attention: AttentionBatch
     mode: Mode
 
@@ -72,7 +74,7 @@ class DecoderModel:
     def forward(self, batch: ForwardBatch, kv_cache: Array) -> Array:
         """Compute all tokens of the batch, appending their keys and values to kv_cache (num_layers, num_blocks, ...).
 
-        Returns logits float32 (S, vocab_size) of batch.last_rows.
+        Returns the residual stream float32 (T, H) after the last layer.
         """
         kernels, mode, eps = self.kernels, batch.mode, self.config.rms_norm_eps
         plan = kernels.plan_attention(batch.attention, self.kv_layout, len(batch.ids), mode=mode)
@@ -87,9 +89,23 @@ class DecoderModel:
                 h = kernels.rms_norm(x, layer.mlp_norm, eps)
                 h = layer.gate_up(kernels, h, mode, gated=True)  # (T, I)
                 layer.down(kernels, h, mode, residual=x)
-        last = kernels.gather_rows(x, batch.last_rows)  # (S, H)
-        # Always batch-invariant: S is small, and the first sampled token must not depend on who else is prefilled.
-        return kernels.logits(kernels.rms_norm(last, self.final_norm, eps), self.lm_head)
+        return x
+
+    def logits(self, x: Array, rows: Array) -> Array:
+        """Logits float32 (S, vocab_size) of S rows of what `forward` returned, rows int32 (S,).
+
+        Always batch-invariant: S is small, and the first sampled token must not depend on who else is prefilled.
+        """
+        kernels = self.kernels
+        last = kernels.rms_norm(kernels.gather_rows(x, rows), self.final_norm, self.config.rms_norm_eps)  # (S, H)
+        return kernels.logits(last, self.lm_head)
+
+    def first_layer(self) -> DecoderModel:
+        """The same model, cut off after its first layer; the arrays are shared."""
+        model = copy.copy(self)
+        model.config = msgspec.structs.replace(self.config, num_layers=1)
+        model.layers = self.layers[:1]
+        return model
 
 
 class _Loader:

@@ -1,83 +1,162 @@
-"""Batch -> device arrays -> forward -> sampled ids. Owns the model and the KV cache on the device."""
+"""Batch -> device arrays -> forward -> sampled ids. Owns the model, the KV cache and all buffers on the device.
+
+`launch` starts a step and `collect` reads its ids; on an asynchronous backend the device computes in between. A sampled
+id goes into `latest` on the device, at the row that the step gave its sequence, and the step after that takes it from
+there: it is launched before the host has read anything. No row outlives that: by the step after next the host knows the
+id, so rows are numbered anew in every step.
+
+One token per sequence is computed by a captured graph, the smallest that has a row for each; the rows left over write
+the idle block, which no sequence owns. Everything else (prompts, tokens computed anew) is launched op by op.
+"""
 
 from __future__ import annotations
 
-from itertools import accumulate
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from nibble.engine.batch import Batch, Chunk
+from nibble.engine.block_manager import num_blocks_for
 from nibble.engine.model import DecoderModel, ForwardBatch
-from nibble.engine.sampler import sample
+from nibble.engine.pass_inputs import MAX_STOP_TOKEN_IDS, PassInputs, PassShape, cut, fill, fill_idle, shape_of
 from nibble.engine.sequence import Sequence
-from nibble.kernels.interface import AttentionBatch, Kernels, Mode
+from nibble.kernels.interface import HostCopy, Kernels, Mode
 from nibble.kernels.layout import BLOCK_SIZE
+
+NUM_HOST_BUFFERS = 2  # one is filled while the copy of the other may still be under way
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # rows that steps are captured for
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A launched step whose ids nobody has read."""
+
+    batch: Batch
+    sequences: list[Sequence]  # that sampled, in the order of their rows
+    latest: HostCopy
+    num_bytes: int  # that any implementation must read for it: all weights, each sequence's keys and values
+    launched_s: float  # time.perf_counter()
 
 
 class ModelRunner:
-    """Runs one step's batch on one device."""
+    """Runs steps on one device, at most two of them at a time."""
 
-    def __init__(self, kernels: Kernels, model: DecoderModel, num_blocks: int) -> None:
+    def __init__(
+        self, kernels: Kernels, model: DecoderModel, *, num_blocks: int, max_sequences: int, max_tokens: int
+    ) -> None:
+        """Steps have at most max_sequences sequences and max_tokens tokens."""
         self.kernels = kernels
         self.model = model
-        layout = model.kv_layout
-        self.kv_cache = kernels.zeros(
-            (model.config.num_layers, num_blocks, layout.num_kv_heads, layout.head_block_bytes), np.uint8
+        self.num_blocks = num_blocks
+        layout, config = model.kv_layout, model.config
+        kv_shape = (config.num_layers, num_blocks + 1, layout.num_kv_heads, layout.head_block_bytes)
+        self.kv_cache = kernels.zeros(kv_shape, np.uint8)
+        self._idle_block = num_blocks
+        self._max_blocks = num_blocks_for(config.max_context_tokens)
+        self._latest = kernels.zeros((max_sequences,), np.int32)
+        # In one step some sequences may be in a captured pass and some in another one, all of them together are
+        # max_sequences: two passes of that size are more than enough.
+        size = (
+            2
+            * PassShape(
+                max_tokens, max_sequences, self._max_blocks, max_sequences, max_sequences * MAX_STOP_TOKEN_IDS
+            ).num_bytes
         )
+        self._host = [kernels.host_buffer((size,), np.uint8) for _ in range(NUM_HOST_BUFFERS)]
+        self._inputs = kernels.zeros((size,), np.uint8)
+        self._graphs: dict[int, Callable[[], None]] = {}  # by rows, ascending
+        self._buckets = [b for b in BUCKETS if b < max_sequences] + [max_sequences]
 
-    def run(self, batch: Batch) -> list[tuple[Sequence, int]]:
-        """Compute the batch; returns the new token of each chunk that samples, -1 where its logits are not finite."""
-        sampled: list[tuple[Sequence, int]] = []
+    def capture(self) -> None:
+        """Capture the decode step for every bucket. Without it, and on a synchronous backend, none is captured."""
+        for num_rows in self._buckets:
+            shape = self._bucket_shape(num_rows)
+            fill_idle(cut(self._host[0], shape), shape, 0, self._idle_block)
+            self._upload(shape.num_bytes)
+            inputs = cut(self._inputs, shape)
+            self._graphs[num_rows] = self.kernels.capture(partial(self._compute, inputs, Mode.DECODE))
+            self.kernels.start_to_host(self._latest).wait()  # the host buffer is free again
+
+    def launch(self, batch: Batch) -> PendingStep:
+        """Start to compute a batch, behind those that were started before."""
+        launched_s = time.perf_counter()
+        self._host.reverse()
+        passes: list[Callable[[], None]] = []
+        sequences: list[Sequence] = []
+        start = 0
         for mode, chunks in ((Mode.DECODE, batch.decode), (Mode.PREFILL, batch.prefill)):
-            if not chunks:
-                continue
-            logits = self.model.forward(self._forward_batch(chunks, mode), self.kv_cache)
-            sequences = [chunk.sequence for chunk in chunks if chunk.samples]
-            if sequences:
-                sampled += zip(sequences, sample(self.kernels, logits, sequences), strict=True)
-        for chunk in batch.chunks:
-            chunk.sequence.num_computed_tokens += chunk.num_tokens
-        return sampled
+            if chunks:
+                num_bytes, compute = self._prepare(chunks, mode, start, len(sequences))
+                start += num_bytes
+                passes.append(compute)
+                sequences += [chunk.sequence for chunk in chunks if chunk.samples]
+        self._upload(start)
+        for compute in passes:
+            compute()
+        latest = self.kernels.start_to_host(self._latest)
+        self._advance(batch)
+        return PendingStep(batch, sequences, latest, self._step_bytes(batch), launched_s)
 
-    def step_bytes(self, batch: Batch) -> int:
-        """Bytes that any implementation must read for this batch: all weights once, each sequence's keys and values."""
+    def collect(self, step: PendingStep) -> list[tuple[Sequence, int]]:
+        """Wait for a step; the new token of each chunk that samples, -1 where its logits are not finite."""
+        return list(zip(step.sequences, step.latest.wait()[: len(step.sequences)].tolist(), strict=True))
+
+    def compute_idle(self, shape: PassShape, mode: Mode) -> None:
+        """Compute a pass of this shape that touches nobody's blocks and samples for nobody."""
+        fill_idle(cut(self._host[0], shape), shape, 0, self._idle_block)
+        self._upload(shape.num_bytes)
+        self._compute(cut(self._inputs, shape), mode)
+        self.kernels.start_to_host(self._latest).wait()
+
+    def _prepare(
+        self, chunks: list[Chunk], mode: Mode, start: int, first_sample_row: int
+    ) -> tuple[int, Callable[[], None]]:
+        """Fill the host buffer from `start` on; (bytes filled, what computes the pass once they are uploaded)."""
+        shape, graph = shape_of(chunks), None
+        if mode is Mode.DECODE and self._graphs and shape.num_tokens == len(chunks) and not shape.num_bans:
+            num_rows = self._buckets[bisect_left(self._buckets, len(chunks))]
+            shape, graph = self._bucket_shape(num_rows), self._graphs[num_rows]
+            assert start == 0, "graphs read the front of the inputs"
+        host = cut(self._host[0][start:], shape)
+        fill(host, chunks, first_sample_row)
+        if graph is not None:
+            fill_idle(host, shape, len(chunks), self._idle_block)
+            return shape.num_bytes, graph
+        return shape.num_bytes, partial(self._compute, cut(self._inputs[start:], shape), mode)
+
+    def _compute(self, inputs: PassInputs, mode: Mode) -> None:
+        """One pass: from ids and positions to sampled ids in `latest`. Device work only; may be captured."""
+        kernels = self.kernels
+        with kernels.temporaries():
+            ids = kernels.gather_ids(inputs.ids, self._latest)
+            batch = ForwardBatch(ids, inputs.positions, inputs.slots, inputs.attention, mode)
+            hidden = self.model.forward(batch, self.kv_cache)
+            if len(inputs.last_rows) == 0:
+                return
+            logits = self.model.logits(hidden, inputs.last_rows)
+            if len(inputs.ban_rows):
+                kernels.add_to_logits(logits, inputs.ban_rows, inputs.ban_ids, inputs.ban_values)
+            kernels.scatter_ids(kernels.sample(logits, inputs.sampling), inputs.sample_rows, self._latest)
+
+    def _upload(self, num_bytes: int) -> None:
+        # Later than all kernels of the step before, which read the same device buffer: one stream does both.
+        self.kernels.copy_to_device(self._host[0][:num_bytes], self._inputs[:num_bytes])
+
+    def _advance(self, batch: Batch) -> None:
+        row = 0
+        for chunk in batch.chunks:
+            chunk.sequence.launched(chunk.num_tokens, row if chunk.samples else None)
+            row += chunk.samples
+
+    def _bucket_shape(self, num_rows: int) -> PassShape:
+        return PassShape(num_rows, num_rows, self._max_blocks, num_rows)
+
+    def _step_bytes(self, batch: Batch) -> int:
         config, layout = self.model.config, self.model.kv_layout
         kv_token_bytes = config.num_layers * layout.block_bytes // BLOCK_SIZE
         context_tokens = sum(chunk.sequence.num_computed_tokens for chunk in batch.chunks)
         return self.model.weight_bytes + context_tokens * kv_token_bytes
-
-    def _forward_batch(self, chunks: list[Chunk], mode: Mode) -> ForwardBatch:
-        to_device = self.kernels.to_device
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        for chunk in chunks:
-            sequence, start = chunk.sequence, chunk.sequence.num_computed_tokens
-            span = range(start, start + chunk.num_tokens)
-            table = sequence.block_table
-            ids += sequence.token_ids[span.start : span.stop]
-            positions += span
-            slots += [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in span]
-        ends = list(accumulate(chunk.num_tokens for chunk in chunks))
-        last_rows = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.samples]
-        return ForwardBatch(
-            ids=to_device(np.array(ids, np.int32)),
-            positions=to_device(np.array(positions, np.int32)),
-            slots=to_device(np.array(slots, np.int64)),
-            last_rows=to_device(np.array(last_rows, np.int32)),
-            attention=self._attention_batch(chunks, ends),
-            mode=mode,
-        )
-
-    def _attention_batch(self, chunks: list[Chunk], ends: list[int]) -> AttentionBatch:
-        to_device = self.kernels.to_device
-        tables = [chunk.sequence.block_table for chunk in chunks]
-        block_tables = np.zeros((len(tables), max(map(len, tables))), np.int32)
-        for row, table in zip(block_tables, tables, strict=True):
-            row[: len(table)] = table
-        context_lens = [chunk.sequence.num_computed_tokens + chunk.num_tokens for chunk in chunks]
-        return AttentionBatch(
-            query_starts=to_device(np.array([0, *ends], np.int32)),
-            context_lens=to_device(np.array(context_lens, np.int32)),
-            block_tables=to_device(block_tables),
-        )

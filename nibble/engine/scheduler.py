@@ -3,6 +3,10 @@
 Sequences join and leave at any step. One token budget is shared by decode and chunked prefill, decode first, so that
 inter-token latency holds while long prompts are prefilled. When blocks run out, the youngest sequence of the lowest
 priority is preempted: its blocks are released and all its tokens are computed again later.
+
+Steps may still be under way when the next one is scheduled, so tokens count from the launch of the step that samples
+them (see `sequence.py`). Blocks change hands at once all the same: the device computes one step after the other, so
+whatever an earlier step still writes to a block is there before its new owner's first token.
 """
 
 from __future__ import annotations
@@ -31,11 +35,15 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished or aborted sequence; its blocks are free at once."""
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        for sequences in (self.running, self.waiting):
+            if sequence in sequences:
+                sequences.remove(sequence)
         self.block_manager.release(sequence.block_table)
 
     def schedule(self) -> Batch:
-        """The next step's work. Empty only if there are no sequences."""
+        """The next step's work. Empty only if every sequence's last token is sampled already, or there are none."""
+        for sequence in [sequence for sequence in self.running if sequence.is_complete]:
+            self.remove(sequence)  # its last token is still unread, but room for another one is there now
         decode = self._schedule_decode()
         budget = self.max_num_batched_tokens - sum(chunk.num_tokens for chunk in decode)
         return Batch(prefill=self._schedule_prefill(budget), decode=decode)
@@ -47,7 +55,7 @@ class Scheduler:
         decoding = sorted((s for s in self.running if not s.is_prefilling), key=_service_order)
         budget = self.max_num_batched_tokens - len(decoding)
         for sequence in decoding:
-            if sequence not in self.running:  # preempted for one before it
+            if not sequence.block_table:  # preempted for one before it
                 continue
             num_missing = sequence.num_tokens - sequence.num_computed_tokens
             num_tokens = 1 + min(num_missing - 1, budget)

@@ -1,4 +1,14 @@
-"""One request in the engine: its tokens, how far they are computed, its KV blocks. The only mutable value here."""
+"""One request in the engine: its tokens, how far they are computed, its KV blocks. The only mutable value here.
+
+A token goes through two moments: a step that samples it is launched, and later the host reads its id. In between it is
+`unread`: it counts as a token of the sequence, and the next step may compute it (the device knows its id), but it is
+not in `token_ids`. On a backend that finishes a step before it returns, nothing is ever unread between two steps.
+
+Invariants between steps, for the scheduler and the runner:
+    num_computed_tokens < num_tokens       the newest token's logits are wanted, nobody has asked for them
+    num_tokens <= max_num_tokens           no step beyond the last token is ever launched
+    num_unread_tokens <= 1                 and only the newest token can be unread
+"""
 
 from __future__ import annotations
 
@@ -10,25 +20,39 @@ from nibble.engine.protocol import FinishReason, GenerationRequest, RequestMetri
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """token_ids is prompt + generated; the first num_computed_tokens of them have keys and values in block_table."""
+    """token_ids is prompt + generated, as far as read. The first num_computed_tokens tokens have keys and values in
+    block_table once the steps launched so far have finished."""
 
     request: GenerationRequest
     token_ids: list[int]
     num_prompt_tokens: int
+    max_num_tokens: int  # prompt included; generation ends there
     added_s: float
     num_computed_tokens: int = 0
+    num_unread_tokens: int = 0
+    sample_row: int = 0  # where the step that samples the newest unread token leaves it, see ModelRunner
     block_table: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     scheduled_s: float | None = None
     first_token_s: float | None = None
 
     @classmethod
-    def start(cls, request: GenerationRequest, generated_token_ids: TokenSequence[int], now_s: float) -> Sequence:
+    def start(
+        cls,
+        request: GenerationRequest,
+        generated_token_ids: TokenSequence[int],
+        max_context_tokens: int,
+        now_s: float,
+    ) -> Sequence:
         """A new sequence, or one that another worker began: generated_token_ids continue its prompt."""
+        token_ids = [*request.prompt_token_ids, *generated_token_ids]
+        num_prompt_tokens = len(request.prompt_token_ids)
+        limit = min(num_prompt_tokens + request.sampling.max_tokens, max_context_tokens)
         return cls(
             request=request,
-            token_ids=[*request.prompt_token_ids, *generated_token_ids],
-            num_prompt_tokens=len(request.prompt_token_ids),
+            token_ids=token_ids,
+            num_prompt_tokens=num_prompt_tokens,
+            max_num_tokens=max(limit, len(token_ids) + 1),  # every sequence that starts gets a token
             added_s=now_s,
         )
 
@@ -38,10 +62,17 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Unread ones included."""
+        return len(self.token_ids) + self.num_unread_tokens
 
     @property
     def num_generated_tokens(self) -> int:
+        """Unread ones included: the index of the next token among the generated ones."""
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_read_tokens(self) -> int:
+        """Generated tokens whose ids the host knows."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
@@ -49,15 +80,29 @@ class Sequence:
         """Whether prompt tokens are still to be computed."""
         return self.num_computed_tokens < self.num_prompt_tokens
 
-    def append(self, token_id: int, max_context_tokens: int, now_s: float) -> None:
-        """Add a generated token and decide whether it was the last."""
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last token it may have was sampled, be it read or not: there is nothing more to compute."""
+        return self.num_tokens >= self.max_num_tokens
+
+    def launched(self, num_tokens: int, sample_row: int | None) -> None:
+        """A step that computes its next num_tokens tokens was launched; sample_row None: it samples no new one."""
+        self.num_computed_tokens += num_tokens
+        if sample_row is not None:
+            self.num_unread_tokens += 1
+            self.sample_row = sample_row
+
+    def append(self, token_id: int, now_s: float) -> None:
+        """Read the oldest unread token, and decide whether it was the last."""
+        assert self.num_unread_tokens > 0, f"request {self.request_id} has no unread token"
         if self.first_token_s is None:
             self.first_token_s = now_s
+        self.num_unread_tokens -= 1
         self.token_ids.append(token_id)
         sampling = self.request.sampling
-        if token_id in sampling.stop_token_ids and self.num_generated_tokens > sampling.min_tokens:
+        if token_id in sampling.stop_token_ids and self.num_read_tokens > sampling.min_tokens:
             self.finish_reason = FinishReason.STOP
-        elif self.num_generated_tokens >= sampling.max_tokens or self.num_tokens >= max_context_tokens:
+        elif len(self.token_ids) >= self.max_num_tokens:
             self.finish_reason = FinishReason.LENGTH
 
     def metrics(self, now_s: float) -> RequestMetrics:
@@ -67,7 +112,7 @@ class Sequence:
         return RequestMetrics(
             prompt_tokens=self.num_prompt_tokens,
             cached_tokens=0,
-            generated_tokens=self.num_generated_tokens,
+            generated_tokens=self.num_read_tokens,
             queue_s=max(0.0, scheduled_s - self.request.arrival_s),
             prefill_s=max(0.0, first_token_s - scheduled_s),
             decode_s=max(0.0, now_s - first_token_s),

@@ -132,7 +132,15 @@ class Kernels(Protocol):
         """The array as numpy, after all work that writes it has finished."""
 
     def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """A new zero-filled array on the device."""
+        """A new zero-filled array on the device. Raises MemoryError, as `to_device` does, where it does not fit."""
+
+    def fit_workspace(self, step: Callable[[], None]) -> int:
+        """Give the temporaries exactly the room that `step` needs; -> bytes. Call outside `temporaries`.
+
+        `step` is called with as much workspace as there is, and may call anything. What was captured before must not
+        be run any more. A backend that allocates temporaries one by one does nothing and says 0.
+        Raises MemoryError where not even `step` fits; so does later an op for which the room does not suffice.
+        """
 
     @property
     def is_asynchronous(self) -> bool:

@@ -1,14 +1,24 @@
-"""A model runner without a model: it checks what a real one would rely on, and its tokens are a known function."""
+"""A model runner without a model: it checks what a real one would rely on, and its tokens are a known function.
+
+Its device may be asynchronous: then it computes a step when the step is collected, or just before it would have to hold
+a third one, with what the launch handed over and nothing that the host changed since.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
 
-from nibble.engine.batch import Batch
+import numpy as np
+import numpy.typing as npt
+
+from nibble.engine.batch import Batch, Chunk
 from nibble.engine.model_config import ModelConfig
-from nibble.engine.model_runner import ModelRunner
+from nibble.engine.model_runner import ModelRunner, PendingStep
 from nibble.engine.protocol import GenerationRequest, SamplingParams
 from nibble.engine.sequence import Sequence
+from nibble.kernels.interface import Kernels
 from nibble.kernels.layout import BLOCK_SIZE
 
 VOCAB_SIZE = 1000
@@ -53,44 +63,100 @@ def request(
     )
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a launch copies of a chunk."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    token_ids: list[int | None]  # of start..stop; None: the device alone knows it ...
+    newest_row: int  # ... here
+    block_table: list[int]
+    samples: bool
+
+
+class SimulatedKernels:
+    def __init__(self, is_asynchronous: bool) -> None:
+        self.is_asynchronous = is_asynchronous
+
+
 class SimulatedRunner(ModelRunner):
     """Remembers which token was written to which KV slot, and refuses to attend to a context that is not there."""
 
-    def __init__(self, num_blocks: int, max_num_batched_tokens: int) -> None:
+    def __init__(self, num_blocks: int, max_num_batched_tokens: int, is_asynchronous: bool = False) -> None:
+        self.kernels = cast(Kernels, SimulatedKernels(is_asynchronous))
+        self.num_blocks = num_blocks
         self.kv_cache = np.zeros((1, num_blocks, 1, 1), np.uint8)
-        self.slots: dict[int, tuple[str, int, int]] = {}  # slot -> request, position, token id
+        self.slots: dict[int, tuple[Sequence, int, int]] = {}  # slot -> whose, position, token id
+        self.latest: dict[int, tuple[Sequence, int]] = {}  # row -> whose, its newest token id
         self.max_num_batched_tokens = max_num_batched_tokens
         self.nonfinite: set[str] = set()
+        self.num_launched = 0
+        self.num_collected = 0
 
-    def run(self, batch: Batch) -> list[tuple[Sequence, int]]:
+    def launch(self, batch: Batch) -> PendingStep:
         assert batch.num_tokens <= self.max_num_batched_tokens
         assert len({chunk.sequence.request_id for chunk in batch.chunks}) == len(batch.chunks)
-        sampled = []
+        assert self.num_launched - self.num_collected <= self.kernels.is_asynchronous
+        self.num_launched += 1
+        for chunk in batch.chunks:
+            assert chunk.sequence.is_prefilling == (chunk in batch.prefill)
+            assert not chunk.sequence.is_complete
+        work = [self._work(chunk) for chunk in batch.chunks]
+        self._advance(batch)
         for chunk in batch.chunks:
             sequence = chunk.sequence
-            is_prompt = sequence.num_computed_tokens < sequence.num_prompt_tokens
-            assert is_prompt == (chunk in batch.prefill)
-            self._compute(sequence, chunk.num_tokens)
-            assert not is_prompt or sequence.num_computed_tokens <= sequence.num_prompt_tokens
-            assert chunk.samples == (sequence.num_computed_tokens == sequence.num_tokens)
-            if chunk.samples:
-                token_id = token_at(sequence.request.sampling.seed, sequence.num_generated_tokens)
-                sampled.append((sequence, -1 if sequence.request_id in self.nonfinite else token_id))
-        return sampled
+            assert chunk not in batch.prefill or sequence.num_computed_tokens <= sequence.num_prompt_tokens
+            assert chunk.samples == (sequence.num_computed_tokens == sequence.num_tokens - chunk.samples)
+        sequences = [chunk.sequence for chunk in batch.chunks if chunk.samples]
+        copy = SimulatedCopy(lambda: self._compute(work))
+        return PendingStep(batch, sequences, copy, num_bytes=batch.num_tokens, launched_s=0.0)
 
-    def step_bytes(self, batch: Batch) -> int:
-        return batch.num_tokens
+    def collect(self, step: PendingStep) -> list[tuple[Sequence, int]]:
+        self.num_collected += 1
+        return super().collect(step)
 
-    def _compute(self, sequence: Sequence, num_tokens: int) -> None:
-        start = sequence.num_computed_tokens
-        for position in range(start, start + num_tokens):
-            self.slots[self._slot(sequence, position)] = self._entry(sequence, position)
-        for position in range(start + num_tokens):
-            assert self.slots[self._slot(sequence, position)] == self._entry(sequence, position)
-        sequence.num_computed_tokens += num_tokens
+    def _work(self, chunk: Chunk) -> Work:
+        sequence = chunk.sequence
+        start, stop = sequence.num_computed_tokens, sequence.num_computed_tokens + chunk.num_tokens
+        token_ids: list[int | None] = [*sequence.token_ids[start:stop]]
+        if len(token_ids) < chunk.num_tokens:
+            token_ids.append(None)
+            assert self.kernels.is_asynchronous
+        assert len(token_ids) == chunk.num_tokens
+        return Work(sequence, start, stop, token_ids, sequence.sample_row, [*sequence.block_table], chunk.samples)
 
-    def _slot(self, sequence: Sequence, position: int) -> int:
-        return sequence.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+    def _compute(self, step: list[Work]) -> npt.NDArray[np.int32]:
+        for work in step:
+            for position, token_id in enumerate(work.token_ids, work.start):
+                if token_id is None:
+                    owner, token_id = self.latest[work.newest_row]
+                    assert owner is work.sequence
+                self.slots[_slot(work, position)] = (work.sequence, position, token_id)
+            if work.sequence.request_id not in self.nonfinite:
+                for position in range(work.stop):
+                    assert self.slots[_slot(work, position)] == (work.sequence, position, _token(work, position))
+        for row, work in enumerate(work for work in step if work.samples):
+            is_finite = work.sequence.request_id not in self.nonfinite
+            self.latest[row] = (work.sequence, _token(work, work.stop) if is_finite else -1)
+        num_rows = max(self.latest, default=-1) + 1
+        return np.array([self.latest[row][1] for row in range(num_rows)], np.int32)
 
-    def _entry(self, sequence: Sequence, position: int) -> tuple[str, int, int]:
-        return (sequence.request_id, position, sequence.token_ids[position])
+
+@dataclass(frozen=True)
+class SimulatedCopy:
+    compute: Callable[[], npt.NDArray[np.int32]]
+
+    def wait(self) -> npt.NDArray[np.int32]:
+        return self.compute()
+
+
+def _slot(work: Work, position: int) -> int:
+    return work.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+
+
+def _token(work: Work, position: int) -> int:
+    """What a sequence's token at this position must be."""
+    request, index = work.sequence.request, position - work.sequence.num_prompt_tokens
+    return request.prompt_token_ids[position] if index < 0 else token_at(request.sampling.seed, index)

@@ -12,7 +12,8 @@ from tiny_models import make_tiny_llama
 
 from nibble.engine.block_manager import num_blocks_for
 from nibble.engine.checkpoint.native import load_checkpoint
-from nibble.engine.llm_engine import EngineLimits, LLMEngine
+from nibble.engine.limits import EngineLimits
+from nibble.engine.llm_engine import LLMEngine
 from nibble.engine.model import DecoderModel, ForwardBatch
 from nibble.engine.protocol import GenerationRequest, SamplingParams
 from nibble.kernels.cpu.backend import CPUKernels
@@ -55,7 +56,6 @@ def all_logits(
             ids=np.array(ids, np.int32)[positions],
             positions=positions,
             slots=table[positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE,
-            last_rows=np.arange(len(positions), dtype=np.int32),
             attention=AttentionBatch(
                 query_starts=np.array([0, len(positions)], np.int32),
                 context_lens=np.array([start + len(positions)], np.int32),
@@ -63,7 +63,8 @@ def all_logits(
             ),
             mode=mode,
         )
-        logits.append(kernels.to_host(model.forward(batch, kv_cache)).copy())
+        rows = np.arange(len(positions), dtype=np.int32)
+        logits.append(kernels.to_host(model.logits(model.forward(batch, kv_cache), rows)).copy())
         start += len(positions)
     assert start == len(ids)
     return np.concatenate(logits)

@@ -93,6 +93,9 @@ class CPUKernels:
     def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         return np.zeros(shape, dtype)
 
+    def fit_workspace(self, step: Callable[[], None]) -> int:
+        return 0
+
     @property
     def is_asynchronous(self) -> bool:
         return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import cupy
 import numpy as np
@@ -24,13 +25,21 @@ class Arena:
     """A stack of device arrays."""
 
     def __init__(self, num_bytes: int) -> None:
-        try:
-            self._memory = cupy.cuda.alloc(num_bytes)
-        except cupy.cuda.memory.OutOfMemoryError as error:
-            raise OutOfMemoryError(f"a workspace of {num_bytes} bytes: {error}") from error
-        self.num_bytes = num_bytes
-        self.peak_bytes = 0  # the most that was ever in use
+        self._memory: Any = None  # cupy.cuda.MemoryPointer
         self._used = 0
+        self.resize(num_bytes)
+
+    def resize(self, num_bytes: int) -> None:
+        """Take other memory, at another address. Nothing may be in use, nor any graph that was captured with it."""
+        assert self._used == 0, "the workspace is in use"
+        self._memory = None
+        self.num_bytes = num_bytes
+        self.peak_bytes = 0  # the most that was in use since
+        try:
+            # Not from CuPy's pool, which would keep what is given back.
+            self._memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(num_bytes), 0)
+        except (cupy.cuda.memory.OutOfMemoryError, cupy.cuda.runtime.CUDARuntimeError) as error:
+            raise OutOfMemoryError(f"a workspace of {num_bytes} bytes: {error}") from error
 
     @property
     def free_bytes(self) -> int:

@@ -3,7 +3,7 @@
 CUDABackendError
     CompileError       a .cu file does not compile: a bug, or an NVRTC that is too old
     DriverError        a driver call failed; the message has CUDA's name for it
-    OutOfMemoryError   the plan does not fit on the device
+    OutOfMemoryError   the plan does not fit on the device; also a MemoryError
 """
 
 from __future__ import annotations
@@ -21,5 +21,5 @@ class DriverError(CUDABackendError):
     """A call of the CUDA driver failed."""
 
 
-class OutOfMemoryError(CUDABackendError):
+class OutOfMemoryError(CUDABackendError, MemoryError):
     """What was asked for does not fit into the device's memory."""

@@ -9,7 +9,8 @@ import time
 
 from nibble.engine.checkpoint.errors import CheckpointError
 from nibble.engine.errors import EngineError
-from nibble.engine.llm_engine import EngineLimits, LLMEngine
+from nibble.engine.limits import EngineLimits
+from nibble.engine.llm_engine import LLMEngine
 from nibble.kernels.interface import Kernels
 from nibble.kernels.layout import KVDtype
 from nibble.service.broker.errors import BrokerError

@@ -1,0 +1,22 @@
+"""What an engine may use of its machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nibble.kernels.layout import KVDtype
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Given by whoever makes the engine; what fits is computed from it in `memory_plan.py`.
+
+    kv_cache_bytes is rounded down to whole blocks. None, for a device with memory of its own: what is left of
+    memory_utilization, the share of the device's whole memory that may be in use, others' use included.
+    """
+
+    kv_cache_bytes: int | None
+    max_num_sequences: int = 64
+    max_num_batched_tokens: int = 512
+    kv_dtype: KVDtype = KVDtype.INT8
+    memory_utilization: float = 0.9

@@ -1,0 +1,148 @@
+"""How a device's memory is shared out, once, at start: weights, workspace, buffers, graphs, and the rest to KV blocks.
+
+Nothing is estimated. The workspace is what passes of every shape that a step can have were seen to use; buffers and
+graphs are captured for real, over a KV cache of one block, to see what they take. After that no step allocates
+anything. A synchronous backend works in the machine's memory, which is not the engine's alone: there the size of the
+KV cache is given, and nothing is captured.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+from nibble.engine.block_manager import num_blocks_for
+from nibble.engine.errors import CapacityError
+from nibble.engine.limits import EngineLimits
+from nibble.engine.model import DecoderModel
+from nibble.engine.model_runner import ModelRunner
+from nibble.engine.pass_inputs import PassShape
+from nibble.kernels.interface import Kernels, Mode
+from nibble.kernels.layout import BLOCK_SIZE
+
+logger = logging.getLogger(__name__)
+
+IDLE_BLOCKS = 1  # the runner's own, beside those that sequences get
+SLACK_BYTES = 32 << 20  # allocations are rounded up, by 2 MiB each at most
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a device's memory at the end of the start. other: the driver's, loaded kernels, other processes."""
+
+    total_bytes: int
+    weight_bytes: int
+    workspace_bytes: int
+    graph_bytes: int  # and the runner's buffers
+    kv_cache_bytes: int
+    other_bytes: int
+    free_bytes: int
+    num_blocks: int
+
+    def log(self) -> None:
+        logger.info(
+            "event=memory_planned total_bytes=%d weight_bytes=%d workspace_bytes=%d graph_bytes=%d kv_cache_bytes=%d "
+            "kv_cache_blocks=%d kv_cache_tokens=%d other_bytes=%d free_bytes=%d",
+            self.total_bytes,
+            self.weight_bytes,
+            self.workspace_bytes,
+            self.graph_bytes,
+            self.kv_cache_bytes,
+            self.num_blocks,
+            self.num_blocks * BLOCK_SIZE,
+            self.other_bytes,
+            self.free_bytes,
+        )
+
+
+def make_runner(kernels: Kernels, model: DecoderModel, limits: EngineLimits) -> ModelRunner:
+    """A runner with all its memory, warm. Raises CapacityError."""
+    make = partial(
+        ModelRunner,
+        kernels,
+        model,
+        max_sequences=limits.max_num_sequences,
+        max_tokens=limits.max_num_batched_tokens,
+    )
+    block_bytes = model.config.num_layers * model.kv_layout.block_bytes
+    if not kernels.is_asynchronous:
+        if limits.kv_cache_bytes is None:
+            raise CapacityError("the size of the KV cache must be given where memory is shared with other processes")
+        return make(num_blocks=_num_blocks(limits.kv_cache_bytes, block_bytes))
+    try:
+        return _plan(kernels, model, limits, make)
+    except MemoryError as error:
+        raise CapacityError(f"weights of {model.weight_bytes} bytes leave too little memory: {error}") from error
+
+
+def _plan(kernels: Kernels, model: DecoderModel, limits: EngineLimits, make: partial[ModelRunner]) -> ModelRunner:
+    kernels.warm_up()
+    workspace_bytes = kernels.fit_workspace(partial(_compute_every_shape, kernels, model, limits))
+    free_bytes, total_bytes = kernels.memory_info()
+    trial = make(num_blocks=0)
+    trial.capture()
+    graph_bytes = free_bytes - kernels.memory_info()[0]
+    del trial
+    num_blocks = _fit_kv_cache(total_bytes, total_bytes - free_bytes + graph_bytes, model, limits)
+    runner = make(num_blocks=num_blocks)
+    runner.capture()
+    MemoryPlan(
+        total_bytes=total_bytes,
+        weight_bytes=model.weight_bytes,
+        workspace_bytes=workspace_bytes,
+        graph_bytes=graph_bytes,
+        kv_cache_bytes=int(runner.kv_cache.nbytes),
+        other_bytes=total_bytes - free_bytes - model.weight_bytes - workspace_bytes,
+        free_bytes=kernels.memory_info()[0],
+        num_blocks=num_blocks,
+    ).log()
+    return runner
+
+
+def _fit_kv_cache(total_bytes: int, used_bytes: int, model: DecoderModel, limits: EngineLimits) -> int:
+    """Blocks that fit beside what is in use. Raises CapacityError."""
+    block_bytes = model.config.num_layers * model.kv_layout.block_bytes
+    left_bytes = int(total_bytes * limits.memory_utilization) - used_bytes - SLACK_BYTES
+    # More blocks than the sequences can fill are of no use.
+    most = limits.max_num_sequences * num_blocks_for(model.config.max_context_tokens) + IDLE_BLOCKS
+    wanted_bytes = min(left_bytes, most * block_bytes) if limits.kv_cache_bytes is None else limits.kv_cache_bytes
+    if wanted_bytes > left_bytes:
+        raise CapacityError(f"a KV cache of {wanted_bytes} bytes is asked for, {left_bytes} are left")
+    if left_bytes < (1 + IDLE_BLOCKS) * block_bytes:
+        raise CapacityError(
+            f"{limits.memory_utilization:.0%} of {total_bytes} bytes of memory are to be used, {used_bytes} are "
+            f"taken before the KV cache, of which one block takes {block_bytes}"
+        )
+    return _num_blocks(wanted_bytes, block_bytes)
+
+
+def _num_blocks(kv_cache_bytes: int, block_bytes: int) -> int:
+    num_blocks = kv_cache_bytes // block_bytes - IDLE_BLOCKS
+    if num_blocks < 1:
+        needed_bytes = (1 + IDLE_BLOCKS) * block_bytes
+        raise CapacityError(f"the least KV cache takes {needed_bytes} bytes, {kv_cache_bytes} are there for it")
+    return num_blocks
+
+
+def _compute_every_shape(kernels: Kernels, model: DecoderModel, limits: EngineLimits) -> None:
+    """Passes of one layer (all layers use the same workspace) over every kind of shape that a step can have.
+
+    What an op needs depends on shapes alone, and not always the more the longer: small numbers of tokens are split
+    along the reduction. So every power of two is tried, with as few sequences as possible and with as many.
+    """
+    runner = ModelRunner(
+        kernels,
+        model.first_layer(),
+        num_blocks=0,
+        max_sequences=limits.max_num_sequences,
+        max_tokens=limits.max_num_batched_tokens,
+    )
+    max_blocks = num_blocks_for(model.config.max_context_tokens)
+    sizes = {1 << i for i in range(limits.max_num_batched_tokens.bit_length())} | {limits.max_num_batched_tokens}
+    for num_tokens in sorted(sizes):
+        fewest = -(-num_tokens // model.config.max_context_tokens)
+        for num_sequences in {fewest, min(num_tokens, limits.max_num_sequences)}:
+            shape = PassShape(num_tokens, num_sequences, max_blocks, num_sequences, num_bans=0)
+            for mode in Mode:
+                runner.compute_idle(shape, mode)
