@@ -8,6 +8,7 @@ KV cache is given, and nothing is captured.
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -84,6 +85,7 @@ def _plan(kernels: Kernels, model: DecoderModel, limits: EngineLimits, make: par
     trial.capture()
     graph_bytes = free_bytes - kernels.memory_info()[0]
     del trial
+    gc.collect()  # what is captured may refer to the runner that holds it
     num_blocks = _fit_kv_cache(total_bytes, total_bytes - free_bytes + graph_bytes, model, limits)
     runner = make(num_blocks=num_blocks)
     runner.capture()

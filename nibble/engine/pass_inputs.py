@@ -125,7 +125,7 @@ def fill_idle(inputs: PassInputs, shape: PassShape, first_row: int, idle_block: 
     rows = slice(first_row, None)
     inputs.ids[rows], inputs.positions[rows], inputs.slots[rows] = 0, 0, idle_block * BLOCK_SIZE
     starts = np.linspace(0, shape.num_tokens, shape.num_sequences + 1).astype(np.int32)
-    inputs.query_starts[first_row + 1 :] = starts[first_row + 1 :]
+    inputs.query_starts[first_row:] = starts[first_row:]
     inputs.context_lens[rows] = np.diff(starts)[rows]
     inputs.block_tables[rows] = idle_block
     inputs.last_rows[rows] = starts[1 : shape.num_samples + 1][rows] - 1

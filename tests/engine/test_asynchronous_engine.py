@@ -1,0 +1,183 @@
+"""A real model over a device that is late: the tokens are those of the synchronous engine, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from late_kernels import WORKSPACE_BYTES, LateKernels
+from tiny_models import make_tiny_llama
+
+from nibble.engine.errors import CapacityError
+from nibble.engine.limits import EngineLimits
+from nibble.engine.llm_engine import LLMEngine
+from nibble.engine.protocol import FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from nibble.kernels.cpu.backend import CPUKernels
+
+VOCAB_SIZE = 300
+Late = Callable[..., LateKernels]
+BLOCK_BYTES = 2 * 2 * (2 * 64 * 32 + 2 * 64 * 4)  # two layers, two KV heads of 32
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    make_tiny_llama(directory, vocab_size=VOCAB_SIZE, max_context_tokens=256)
+    return directory
+
+
+@pytest.fixture
+def late() -> Iterator[Callable[..., LateKernels]]:
+    """Makes backends; their threads are stopped at the end."""
+    made: list[LateKernels] = []
+
+    def make(total_bytes: int = 1 << 30) -> LateKernels:
+        made.append(LateKernels(total_bytes))
+        return made[-1]
+
+    yield make
+    for kernels in made:
+        kernels.close()
+
+
+@pytest.fixture(scope="module")
+def requests(tiny: Path) -> list[tuple[GenerationRequest, list[int]]]:
+    """Thirty requests and their tokens, each computed alone and synchronously."""
+    rng = np.random.default_rng(0)
+    kernels = CPUKernels()
+    engine = LLMEngine.from_checkpoint(tiny, kernels, EngineLimits(kv_cache_bytes=16 * BLOCK_BYTES))
+    pairs = []
+    for i in range(30):
+        sampling = SamplingParams(
+            max_tokens=int(rng.integers(1, 90)),
+            temperature=float(rng.choice([0.0, 0.8, 1.5])),
+            top_p=float(rng.choice([0.9, 1.0])),
+            seed=int(rng.integers(1 << 63)) * 2 + 1,
+            min_tokens=int(rng.choice([0, 0, 40])),
+            stop_token_ids=tuple(int(token_id) for token_id in rng.integers(0, VOCAB_SIZE, rng.choice([0, 4]))),
+        )
+        prompt = rng.integers(0, VOCAB_SIZE, rng.integers(1, 150)).tolist()
+        request = GenerationRequest(
+            request_id=str(i), prompt_token_ids=prompt, sampling=sampling, arrival_s=float(rng.integers(1000))
+        )
+        engine.add(request)
+        pairs.append((request, [token_id for event in run(engine) for token_id in event.token_ids]))
+    kernels.close()
+    assert any(tokens[-1] in request.sampling.stop_token_ids for request, tokens in pairs)
+    return pairs
+
+
+def run(engine: LLMEngine) -> list[TokenEvent]:
+    events: list[TokenEvent] = []
+    while engine.has_unfinished:
+        events += engine.step()
+    return events
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tokens_do_not_depend_on_when_requests_join_leave_or_are_preempted(
+    tiny: Path, late: Late, requests: list[tuple[GenerationRequest, list[int]]], seed: int
+) -> None:
+    """They also are resumed with a part of their tokens, aborted, and start again."""
+    rng = np.random.default_rng(seed)
+    kernels = late()
+    limits = EngineLimits(
+        kv_cache_bytes=int(rng.integers(6, 10)) * BLOCK_BYTES,
+        max_num_sequences=int(rng.integers(6, 21)),
+        max_num_batched_tokens=int(rng.integers(21, 200)),
+    )
+    engine = LLMEngine.from_checkpoint(tiny, kernels, limits)
+    joins_at = {request.request_id: int(rng.integers(60)) for request, _ in requests}
+    aborted_at = {request.request_id: int(rng.integers(1000)) for request, _ in requests}
+    outputs: dict[str, list[int]] = {}
+    for step in range(2000):
+        for request, expected in requests:
+            key = request.request_id
+            if step == joins_at[key] or (step == aborted_at[key] and key in outputs):
+                engine.abort(key)
+                outputs[key] = expected[: rng.integers(len(expected))]
+                engine.add(request, outputs[key])
+        for event in engine.step():
+            assert event.index == len(outputs[event.request_id])
+            outputs[event.request_id] += event.token_ids
+        if step > 1000 and not engine.has_unfinished:
+            break
+    assert engine.scheduler.num_preemptions > 0
+    assert kernels.num_replayed > 0
+    assert outputs == {request.request_id: expected for request, expected in requests}
+
+
+def test_graphs_are_captured_for_few_sizes_and_padded_rows_touch_nobody(
+    tiny: Path, late: Late, requests: list[tuple[GenerationRequest, list[int]]]
+) -> None:
+    """11 sequences decode in a graph of 16 rows, with blocks that another sequence had before."""
+    kernels = late()
+    engine = LLMEngine.from_checkpoint(
+        tiny, kernels, EngineLimits(kv_cache_bytes=60 * BLOCK_BYTES, max_num_sequences=20)
+    )
+    assert kernels.num_captured == 2 * len([1, 2, 4, 8, 16, 20])  # once to see what it takes
+    for request, _ in requests[:11]:
+        engine.add(request)
+    outputs: dict[str, list[int]] = {}
+    for event in run(engine):
+        outputs.setdefault(event.request_id, []).extend(event.token_ids)
+    assert outputs == {request.request_id: expected for request, expected in requests[:11]}
+
+
+def test_the_kv_cache_takes_what_is_left_and_nothing_is_allocated_afterwards(
+    tiny: Path, late: Late, requests: list[tuple[GenerationRequest, list[int]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels = late(total_bytes=120 << 20)
+    limits = EngineLimits(kv_cache_bytes=None, max_num_sequences=200, memory_utilization=0.4)
+    with caplog.at_level(logging.INFO):
+        engine = LLMEngine.from_checkpoint(tiny, kernels, limits)
+    (record,) = [record for record in caplog.records if "event=memory_planned" in record.getMessage()]
+    assert f"workspace_bytes={WORKSPACE_BYTES} " in record.getMessage()
+    assert f"kv_cache_blocks={engine.scheduler.block_manager.num_blocks} " in record.getMessage()
+    used_bytes = kernels.used_bytes
+    assert 0 <= 0.4 * kernels.total_bytes - used_bytes - (32 << 20) < 2 * BLOCK_BYTES
+    for request, _ in requests:
+        engine.add(request)
+    run(engine)
+    assert kernels.used_bytes == used_bytes
+
+
+def test_more_blocks_than_the_sequences_can_fill_are_not_taken(tiny: Path, late: Late) -> None:
+    engine = LLMEngine.from_checkpoint(tiny, late(), EngineLimits(kv_cache_bytes=None, max_num_sequences=3))
+    assert engine.scheduler.block_manager.num_blocks == 3 * 256 // 64
+
+
+@pytest.mark.parametrize(
+    ("total_bytes", "kv_cache_bytes", "message"),
+    [
+        (34 << 20, None, "90% of 35651584 bytes of memory are to be used, .* one block takes"),
+        (120 << 20, 100 << 20, "a KV cache of 104857600 bytes is asked for, .* are left"),
+        (120 << 20, BLOCK_BYTES, "the least KV cache takes"),
+        (1 << 20, None, "leave too little memory"),
+    ],
+)
+def test_too_little_memory_is_an_error_at_start(
+    tiny: Path, late: Late, total_bytes: int, kv_cache_bytes: int | None, message: str
+) -> None:
+    with pytest.raises(CapacityError, match=message):
+        LLMEngine.from_checkpoint(tiny, late(total_bytes), EngineLimits(kv_cache_bytes, max_num_sequences=100))
+
+
+def test_a_deadline_that_passes_while_a_step_is_under_way_ends_the_request_once(tiny: Path, late: Late) -> None:
+    engine = LLMEngine.from_checkpoint(tiny, late(), EngineLimits(kv_cache_bytes=16 * BLOCK_BYTES))
+    engine._now = lambda: 10.0
+    request = GenerationRequest(
+        request_id="a", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=9), arrival_s=0.0, deadline_s=11.0
+    )
+    engine.add(request)
+    engine.step()
+    (event,) = engine.step()
+    assert event.index == 0
+    engine._now = lambda: 12.0
+    (event,) = engine.step()
+    assert (event.index, event.token_ids, event.finish_reason) == (1, [], FinishReason.ERROR)
+    assert not engine.has_unfinished
+    assert engine.step() == []
