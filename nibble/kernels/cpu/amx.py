@@ -33,12 +33,12 @@ def is_available() -> bool:
     """Whether the CPU has bf16 tiles and the kernel lets this process use them (it has to be asked)."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
-    if not all(name in _cpu_features() for name in ("amx-tile", "amx-bf16", "avx512bf16", "avx512vl")):
+    if not all(name in cpu_features() for name in ("amx-tile", "amx-bf16", "avx512bf16", "avx512vl")):
         return False
     return bool(ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0)
 
 
-def _cpu_features() -> set[str]:
+def cpu_features() -> set[str]:
     """What Numba compiles for: the CPU's features, or those that NUMBA_CPU_FEATURES names instead."""
     if config.CPU_FEATURES is not None or config.CPU_NAME is not None:
         return {name[1:] for name in (config.CPU_FEATURES or "").split(",") if name.startswith("+")}
@@ -170,12 +170,15 @@ def bfloat16_pairs(builder: Any, low: Any, high: Any) -> Any:
 
 
 def transpose(builder: Any, rows: list[Any]) -> list[Any]:
-    """16 vectors of 16 lanes, transposed: in step s, lanes whose index differs in bit s change places."""
-    for distance in (1, 2, 4, 8):
+    """16 vectors of 16 lanes, transposed: in step s, lanes whose index differs in bit s change places.
+
+    Of 8 vectors, lanes 0 to 7 and lanes 8 to 15 are transposed apart.
+    """
+    for distance in (1, 2, 4, 8)[: len(rows).bit_length() - 1]:
         low = [i if not i & distance else i - distance + LANES for i in range(LANES)]
         high = [i + distance if not i & distance else i + LANES for i in range(LANES)]
         swapped = list(rows)
-        for i in range(LANES):
+        for i in range(len(rows)):
             if not i & distance:
                 swapped[i] = shuffle(builder, rows[i], rows[i + distance], low)
                 swapped[i + distance] = shuffle(builder, rows[i], rows[i + distance], high)

@@ -23,6 +23,7 @@ from nibble.kernels.cpu import (
     append_kv,
     bf16_linear,
     digit_linear,
+    digit_tiles,
     digits,
     embedding,
     gather_rows,
@@ -68,6 +69,7 @@ class CPUKernels:
         self._pool = self._threads.state
         self._addresses: dict[int, int] = {}
         self._tile_config = amx.tile_config() if amx.is_available() else None
+        self.has_vnni = digit_tiles.is_available()
 
     def close(self) -> None:
         """Stop the threads; no op may be called any more."""
@@ -159,7 +161,7 @@ class CPUKernels:
             bf16_linear.bf16_linear(
                 self._pool, function, self._tile_config, x, packed, 0, weight.group_size, bias_address, add, out
             )
-        elif self._tile_config is not None:
+        elif self.has_vnni:
             function = digit_linear.int4_chunk_function.address
             digit_linear.digit_linear(self._pool, function, x, packed, 0, weight.group_size, bias_address, add, out)
         else:
@@ -188,7 +190,7 @@ class CPUKernels:
             bf16_linear.bf16_linear(
                 self._pool, function, self._tile_config, x, values, scales, weight.group_size, bias_address, add, out
             )
-        elif self._tile_config is not None and weight.group_size % digits.BLOCK == 0:
+        elif self.has_vnni and weight.group_size % digits.BLOCK == 0:
             function = digit_linear.int8_chunk_function.address
             digit_linear.digit_linear(
                 self._pool, function, x, values, scales, weight.group_size, bias_address, add, out

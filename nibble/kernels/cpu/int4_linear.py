@@ -1,4 +1,4 @@
-"""x @ w.T for INT4 tiles in DECODE mode: a matrix-vector product bound by reading the weights once.
+"""x @ w.T for INT4 tiles in DECODE mode, in floats: for CPUs without AVX512-VNNI (`digit_linear.py`).
 
 Tiles are read in the order of their bytes, which is what hardware prefetching follows; the running sums of a tile's 64
 rows wait in L1. Up to 8 tokens share the unpacked nibbles (`int4_fragment.py`). A row of x is summed in the same order

@@ -37,14 +37,14 @@ def unpack_fragment(typingctx: Any, words: Any, low_scales: Any, high_scales: An
                     pair = [one_plus_nibble(builder, halves[half], i) for i in (nibble, nibble + 4)]
                     weights = [call_fma(builder, value, scale, offset) for value in pair]
                     rows.append(amx.bfloat16_pairs(builder, *weights))
-            for i, pairs in enumerate(_transpose_fours(builder, rows)):
+            for i, pairs in enumerate(transpose_fours(builder, rows)):
                 store_at(builder, args[3], pairs, (4 * column_half + i) * VECTOR_BYTES)
         return context.get_dummy_value()
 
     return types.void(types.intp, low_scales, high_scales, types.intp), codegen
 
 
-def _transpose_fours(builder: Any, rows: list[Any]) -> list[Any]:
+def transpose_fours(builder: Any, rows: list[Any]) -> list[Any]:
     """Vector c: lane 4 q + r is lane 4 r + c of vector q."""
     halves = []
     for columns in ((0, 1), (2, 3)):

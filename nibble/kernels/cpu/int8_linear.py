@@ -1,4 +1,4 @@
-"""x @ w.T for INT8 rows in DECODE mode: a matrix-vector product bound by reading the weights once.
+"""x @ w.T for INT8 rows in DECODE mode, in floats: for CPUs without AVX512-VNNI, and groups that 32 does not divide.
 
 Lanes are columns. Up to 8 tokens share a row's dequantised weights; with few tokens several rows are computed at once,
 so that additions do not wait for each other. A row of x is summed in the same order whatever the number of tokens, so

@@ -19,9 +19,11 @@ def warm_up(kernels: Kernels) -> None:
     x = kernels.rms_norm(x, np.ones(HIDDEN_SIZE, np.float32), 1e-5)
     packed = np.zeros(int4_num_bytes(4 * HIDDEN_SIZE, HIDDEN_SIZE, 32), np.uint8)
     weight = Int4Weight(packed, 4 * HIDDEN_SIZE, HIDDEN_SIZE, 32)
+    narrow_groups = Int8Weight(table.values, np.zeros((64, 4), np.float16), 16)
     for mode in Mode:
         qkv = kernels.int4_linear(x, weight, mode=mode)
         logits = kernels.int8_linear(x, table, mode=mode)
+        kernels.int8_linear(x, narrow_groups, mode=mode)
         for dtype in KVDtype:
             _attend(kernels, qkv, KVLayout(num_kv_heads=1, head_dim=HIDDEN_SIZE, dtype=dtype), mode)
     kernels.silu_and_mul(kernels.gather_rows(qkv, ids))

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
-from nibble.kernels.cpu import amx
+from nibble.kernels.cpu import amx, digit_tiles
 from nibble.kernels.cpu.backend import CPUKernels
 from nibble.kernels.interface import Int4Weight, Mode
 from nibble.kernels.pack import dequantize_int4, pack_int4
 
 SHAPES = [(64, 32, 32), (70, 96, 32), (960, 576, 32), (8, 1536, 32), (130, 192, 64), (65, 384, 128), (200, 128, 128)]
 NUM_TOKENS = (1, 2, 3, 5, 8, 9, 17, 70)
+
+
+@pytest.fixture(scope="module", params=["integers", "floats"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[CPUKernels]:
+    """The backend with its integer arithmetic, and as it is on CPUs without AVX512-VNNI."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "floats":
+            patch.setattr(digit_tiles, "is_available", lambda: False)
+        elif not digit_tiles.is_available():
+            pytest.skip("this CPU has no AVX512-VNNI")
+        backend = CPUKernels(num_threads=2)
+    yield backend
+    backend.close()
 
 
 def random_weight(rng: np.random.Generator, rows: int, columns: int, group_size: int) -> tuple[Int4Weight, np.ndarray]:
@@ -28,13 +43,15 @@ def random_weight(rng: np.random.Generator, rows: int, columns: int, group_size:
 def bound(x: np.ndarray, matrix: np.ndarray, mode: Mode) -> np.ndarray:
     """The largest error of a dot product of K terms, relative to the sum of their magnitudes.
 
-    fp32: each of the K additions and the rounding of w and the product lose half a unit of 2^-23. In PREFILL mode both
-    factors are first rounded to bf16, half a unit of 2^-8 each; such errors are independent, so they grow as the
-    root of the sum of squares: 8 standard deviations of it.
+    fp32: each of the K additions and the rounding of w and the product lose half a unit of 2^-23. Integers: before, x
+    is rounded by 2^-23 of the largest of its 32 columns at most. In PREFILL mode both factors are first rounded to
+    bf16, half a unit of 2^-8 each; such errors are independent, so they grow as the root of the sum of squares: 8
+    standard deviations of it.
     """
     fp32 = 2.0**-24 * (x.shape[1] + 4) * (np.abs(x) @ np.abs(matrix).T)
     if mode is Mode.DECODE:
-        return fp32 + 1e-30
+        largest = np.abs(x).reshape(len(x), -1, 32).max(axis=2).repeat(32, axis=1)
+        return fp32 + 2.0**-23 * (largest @ np.abs(matrix).T) + 1e-30
     return fp32 + 8 * 2.0**-9 * np.sqrt(2 * (x**2) @ (matrix**2).T) + 1e-30
 
 
@@ -72,6 +89,7 @@ def test_decode_does_not_depend_on_the_number_of_threads(kernels: CPUKernels, rn
     expected = kernels.int4_linear(x, weight, mode=Mode.DECODE)
     for num_threads in (1, 3):
         other = CPUKernels(num_threads)
+        other.has_vnni = kernels.has_vnni
         np.testing.assert_array_equal(other.int4_linear(x, weight, mode=Mode.DECODE), expected)
         other.close()
 
@@ -124,6 +142,31 @@ def test_nan_stays_in_its_row(kernels: CPUKernels, rng: np.random.Generator, mod
     out = kernels.int4_linear(x, weight, mode=mode)
     assert np.isnan(out[4]).all()
     assert np.isfinite(np.delete(out, 4, axis=0)).all()
+
+
+def test_infinity_is_not_taken_for_a_number(kernels: CPUKernels, rng: np.random.Generator) -> None:
+    weight, _ = random_weight(rng, 96, 96, 32)
+    x = rng.standard_normal((6, 96)).astype(np.float32)
+    x[4, 50] = -np.inf
+    out = kernels.int4_linear(x, weight, mode=Mode.DECODE)
+    assert not np.isfinite(out[4]).any()
+    assert np.isfinite(np.delete(out, 4, axis=0)).all()
+
+
+def test_each_block_of_columns_has_a_magnitude_of_its_own(kernels: CPUKernels, rng: np.random.Generator) -> None:
+    weight, matrix = random_weight(rng, 64, 576, 32)
+    x = rng.standard_normal((5, 576)).astype(np.float32)
+    x *= np.logspace(-18, 18, 18, dtype=np.float32).repeat(32)
+    x[1] = np.float32(127 * (2**16 + 2**8 + 1)) * np.sign(x[1])  # the largest digits
+    x[2] = np.nextafter(np.float32(2), np.float32(0)) * np.sign(x[2])
+    x[3, 32:] = 0
+    reference = x.astype(np.float64) @ matrix.T
+    out = kernels.int4_linear(x, weight, mode=Mode.DECODE)
+    assert (np.abs(out - reference) <= bound(x.astype(np.float64), matrix, Mode.DECODE)).all()
+    x[:, 32:] = 0  # the smallest block alone
+    reference = x.astype(np.float64) @ matrix.T
+    out = kernels.int4_linear(x, weight, mode=Mode.DECODE)
+    assert (np.abs(out - reference) <= bound(x.astype(np.float64), matrix, Mode.DECODE)).all()
 
 
 @pytest.mark.parametrize("mode", Mode)

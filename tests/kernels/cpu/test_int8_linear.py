@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from reference import int8_matrix
 
+from nibble.kernels.cpu import digit_tiles
 from nibble.kernels.cpu.backend import CPUKernels
 from nibble.kernels.interface import Int8Weight, Mode
 
-SHAPES = [(64, 32, 32), (33, 96, 96), (1000, 576, 32), (70, 576, 576), (5, 1536, 64)]
+SHAPES = [(64, 32, 32), (33, 96, 96), (1000, 576, 32), (70, 576, 576), (5, 1536, 64), (40, 96, 16)]
 NUM_TOKENS = (1, 2, 3, 5, 8, 9, 17, 70)
+
+
+@pytest.fixture(scope="module", params=["integers", "floats"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[CPUKernels]:
+    """The backend with its integer arithmetic, and as it is on CPUs without AVX512-VNNI."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "floats":
+            patch.setattr(digit_tiles, "is_available", lambda: False)
+        elif not digit_tiles.is_available():
+            pytest.skip("this CPU has no AVX512-VNNI")
+        backend = CPUKernels(num_threads=2)
+    yield backend
+    backend.close()
 
 
 def random_weight(rng: np.random.Generator, rows: int, columns: int, group_size: int) -> tuple[Int8Weight, np.ndarray]:
@@ -20,10 +36,11 @@ def random_weight(rng: np.random.Generator, rows: int, columns: int, group_size:
 
 
 def bound(x: np.ndarray, matrix: np.ndarray, mode: Mode) -> np.ndarray:
-    """As for int4_linear: K additions in fp32; in PREFILL mode both factors rounded to bf16."""
+    """As for int4_linear: K additions in fp32, x rounded to integers; in PREFILL mode both factors rounded to bf16."""
     fp32 = 2.0**-24 * (x.shape[1] + 4) * (np.abs(x) @ np.abs(matrix).T)
     if mode is Mode.DECODE:
-        return fp32 + 1e-30
+        largest = np.abs(x).reshape(len(x), -1, 32).max(axis=2).repeat(32, axis=1)
+        return fp32 + 2.0**-23 * (largest @ np.abs(matrix).T) + 1e-30
     return fp32 + 8 * 2.0**-9 * np.sqrt(2 * (x**2) @ (matrix**2).T) + 1e-30
 
 
