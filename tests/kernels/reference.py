@@ -103,10 +103,10 @@ def paged_attention(qkv: np.ndarray, kv_cache: np.ndarray, batch: AttentionBatch
 
 
 def silu_and_mul(gate_up: np.ndarray) -> np.ndarray:
-    runs = gate_up.astype(np.float64).reshape(len(gate_up), -1, 2, 8)
+    runs = gate_up.astype(np.float64).reshape(len(gate_up), gate_up.shape[1] // 16, 2, 8)
     gate, up = runs[:, :, 0], runs[:, :, 1]
     with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right limit, 0
-        return (gate / (1 + np.exp(-gate)) * up).reshape(len(gate_up), -1)
+        return (gate / (1 + np.exp(-gate)) * up).reshape(len(gate_up), gate_up.shape[1] // 2)
 
 
 def philox_uniform(seed: int, position: int) -> float:

@@ -27,7 +27,8 @@ SOURCE_DIRECTORY = Path(__file__).parent
 
 Defines: TypeAlias = tuple[tuple[str, int], ...]  # (name, value), in a fixed order: part of the cache key
 
-_OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v", "-lineinfo")
+# NVRTC has a cache of its own where there is a driver; what comes out of it has no report of ptxas.
+_OPTIONS = ("-std=c++17", "-default-device", "-lineinfo", "--ptxas-options=-v", "--no-cache")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,10 @@ def _compile(stem: str, defines: Defines, architecture: str) -> Cubin:
         log = _read(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).rstrip(b"\0").decode()
         if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise CompileError(f"{stem}.cu for {architecture} with {dict(defines)}:\n{log}")
-        return Cubin(_read(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), dict(_parse_resources(log)))
+        resources = dict(_parse_resources(log))
+        if not resources:
+            raise CompileError(f"{stem}.cu has no kernel, or ptxas's report is not understood:\n{log}")
+        return Cubin(_read(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN), resources)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
