@@ -11,10 +11,10 @@ PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve chat bench install dev check format test lock clean
+.PHONY: help serve chat bench install dev check format test test-gpu kernels lock clean
 
 help: ## Show the commands
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 serve: $(VENV)/serve.stamp ## Serve a model (MODEL=file.gguf or directory, PORT=8000; default: the demo model)
 	@exec $(BIN)/nibble serve $(if $(MODEL),--model '$(MODEL)') $(if $(PORT),--port '$(PORT)') $(ARGS)
@@ -42,13 +42,20 @@ format: $(VENV)/dev.stamp ## Format the code and apply the safe lint fixes
 test: $(VENV)/dev.stamp ## The whole test suite that needs no GPU
 	$(BIN)/python -m pytest $(ARGS)
 
+test-gpu: $(VENV)/dev.stamp ## The tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+kernels: $(VENV)/dev.stamp ## Compile the CUDA kernels for all architectures (no GPU needed)
+	$(BIN)/python -m nibble.kernels.cuda.build $(ARGS)
+
 lock: $(VENV)/dev.stamp ## Resolve pyproject.toml anew into requirements/*.txt
 	$(PIP_COMPILE) $(UPGRADE) -o requirements/dev.txt --extra gateway --extra worker-cpu --extra local --extra dev pyproject.toml
 	$(PIP_COMPILE) $(UPGRADE) -o requirements/cpu.txt -c requirements/dev.txt --extra gateway --extra worker-cpu --extra local pyproject.toml
 	$(PIP_COMPILE) $(UPGRADE) -o requirements/cuda.txt -c requirements/dev.txt --extra gateway --extra worker-cuda --extra local pyproject.toml
 	@# A CPU build of torch resolves to `2.13.0+cpu`, which only PyTorch's own index has; `==2.13.0` accepts it and any other build.
 	sed -i 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements/*.txt
-	@! grep -n '^nvidia-\|^triton' requirements/cpu.txt requirements/dev.txt || \
+	@# Of NVIDIA's packages the development tools need the compiler alone, for the tests that compile every kernel.
+	@! grep -n '^nvidia-\|^triton' requirements/cpu.txt requirements/dev.txt | grep -v ':nvidia-cuda-nvrtc==' || \
 		{ echo 'make lock: resolved against the CUDA build of torch; let pip find its CPU build first' >&2; exit 1; }
 
 clean: ## Remove the virtual environment and caches
