@@ -1,0 +1,190 @@
+// What the attention kernels share: the KV block, its INT8 numbers, rotation and quantisation of one head's row, where
+// 16-byte pieces lie in shared memory, how work is cut. Needs -DHEAD_DIM and -DKV_FP16 (0: INT8 blocks, 1: fp16).
+#pragma once
+#include "common.cuh"
+
+constexpr int D = HEAD_DIM;
+constexpr bool IS_FP16 = KV_FP16;
+static_assert(D % 32 == 0 && D >= 64 && D <= 256, "head_dim");
+
+// ---- the KV block of one kv head, see layout.py -------------------------------------------------------------------------
+
+constexpr int BLOCK_TOKENS = 64;
+constexpr int ROW_BYTES = IS_FP16 ? 2 * D : D;  // one token's key or value
+constexpr int VALUES_START = BLOCK_TOKENS * ROW_BYTES;
+constexpr int KEY_PARAMETERS = 2 * BLOCK_TOKENS * D;  // INT8 only: (scale, zero) per token
+constexpr int VALUE_PARAMETERS = KEY_PARAMETERS + BLOCK_TOKENS * 4;
+constexpr int HEAD_BLOCK_BYTES = IS_FP16 ? 2 * VALUES_START : VALUE_PARAMETERS + BLOCK_TOKENS * 4;
+
+// ---- rows of keys and values in shared memory ------------------------------------------------------------------------------
+// A row is cut into pieces of 16 bytes, permuted or padded so that the same piece of 8 consecutive rows lies in 8
+// different groups of banks: what ldmatrix reads at a time.
+
+constexpr int PIECE = 16;
+template <int row_bytes>
+struct SharedRows {
+    static constexpr int PIECES = row_bytes / PIECE;
+    static constexpr bool IS_PERMUTED = (PIECES & (PIECES - 1)) == 0;
+    static constexpr int STRIDE = IS_PERMUTED ? row_bytes : row_bytes + PIECE;
+    static_assert(IS_PERMUTED ? PIECES >= 4 : STRIDE / PIECE % 2 == 1, "rows would collide");
+
+    static __device__ __forceinline__ int offset(int row, int piece) {
+        if (!IS_PERMUTED) return row * STRIDE + piece * PIECE;
+        return row * STRIDE + (piece ^ (PIECES >= 8 ? row & 7 : row >> 1 & 3)) * PIECE;
+    }
+};
+
+// ---- small pieces of PTX ----------------------------------------------------------------------------------------------------
+
+DEVICE void load_matrices_transposed(uint32 (&d)[4], uint32 shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(shared));
+}
+
+// 2^x; 0 at -inf, NaN at NaN
+DEVICE float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// (a & mask) ^ bits in one instruction
+DEVICE uint32 and_xor(uint32 a, uint32 mask, uint32 bits) {
+    uint32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+    return d;
+}
+
+DEVICE float negative_infinity() { return __int_as_float(0xff800000); }
+
+// ---- INT8 to fp16, exactly -------------------------------------------------------------------------------------------------
+// A byte b with its sign bit flipped is b + 128; under the bits 0x64.. of an fp16 it reads 1024 + b + 128.
+
+constexpr uint32 MAGIC = 0x64806480;           // 0x6400 | 0x80, twice
+constexpr uint32 MINUS_1152 = 0xe480e480;      // -(1024 + 128), twice
+
+DEVICE uint32 even_bytes_to_half2(uint32 four) { return half2_add(and_xor(four, 0x00ff00ff, MAGIC), MINUS_1152); }
+DEVICE uint32 odd_bytes_to_half2(uint32 four) { return even_bytes_to_half2(four >> 8); }
+
+// ---- one head's row of q, k or v, spread over a warp -------------------------------------------------------------------------
+// Unit u holds elements 2u, 2u + 1 of the row's lower half and the same of its upper half: what rotation pairs. Lane l
+// holds units l, l + 32 ...; of head_dim 64 and 96 some lanes hold none.
+
+constexpr int HALF = D / 2;
+constexpr int UNITS = HALF / 2;
+constexpr int LANE_UNITS = (UNITS + WARP - 1) / WARP;
+
+// One pair of a rotation. Products and sums are spelled out: every kernel must round alike.
+DEVICE void rotate(float& low, float& high, float cos, float sin) {
+    float rotated = __fmaf_rn(low, cos, -__fmul_rn(high, sin));
+    high = __fmaf_rn(high, cos, __fmul_rn(low, sin));
+    low = rotated;
+}
+
+struct HeadRow {
+    uint32 low[LANE_UNITS], high[LANE_UNITS];  // fp16 pairs
+
+    static __device__ __forceinline__ int unit(int j) { return threadIdx.x % WARP + j * WARP; }
+    static __device__ __forceinline__ bool has(int j) { return UNITS % WARP == 0 || unit(j) < UNITS; }
+
+    __device__ __forceinline__ void load(const uint16* row) {
+#pragma unroll
+        for (int j = 0; j < LANE_UNITS; j++) {
+            low[j] = has(j) ? *reinterpret_cast<const uint32*>(row + 2 * unit(j)) : 0;
+            high[j] = has(j) ? *reinterpret_cast<const uint32*>(row + HALF + 2 * unit(j)) : 0;
+        }
+    }
+
+    __device__ __forceinline__ void store(uint16* row) const {
+#pragma unroll
+        for (int j = 0; j < LANE_UNITS; j++) {
+            if (!has(j)) continue;
+            *reinterpret_cast<uint32*>(row + 2 * unit(j)) = low[j];
+            *reinterpret_cast<uint32*>(row + HALF + 2 * unit(j)) = high[j];
+        }
+    }
+
+    // cos_sin: D / 2 cosines, then as many sines, of this row's position
+    __device__ __forceinline__ void rotate_all(const float* cos_sin) {
+#pragma unroll
+        for (int j = 0; j < LANE_UNITS; j++) {
+            if (!has(j)) continue;
+            float2 cos = *reinterpret_cast<const float2*>(cos_sin + 2 * unit(j));
+            float2 sin = *reinterpret_cast<const float2*>(cos_sin + HALF + 2 * unit(j));
+            float low0 = low_half(low[j]), low1 = high_half(low[j]);
+            float high0 = low_half(high[j]), high1 = high_half(high[j]);
+            rotate(low0, high0, cos.x, sin.x);
+            rotate(low1, high1, cos.y, sin.y);
+            low[j] = floats_to_half2(low0, low1);
+            high[j] = floats_to_half2(high0, high1);
+        }
+    }
+};
+
+DEVICE bool has_nonfinite(uint32 pair) { return (pair & 0x7c00) == 0x7c00 || (pair & 0x7c000000) == 0x7c000000; }
+
+DEVICE uint32 quantize_one(float x, float zero, float scale) {
+    if (scale == 0.0f) return 0;
+    float q = rintf(__fdiv_rn(__fsub_rn(x, zero), scale));
+    return uint32(int(fminf(fmaxf(q, -128.0f), 127.0f))) & 0xff;
+}
+
+struct QuantizedRow {
+    uint32 low[LANE_UNITS], high[LANE_UNITS];  // two bytes each, at elements 2u and D / 2 + 2u
+    uint32 parameters;                         // (scale, zero) fp16, the same in all lanes
+
+    // The formula of layout.py. A row with an infinity or a NaN gets NaN parameters: whoever attends to it then gets
+    // NaN, which sampling detects.
+    __device__ __forceinline__ explicit QuantizedRow(const HeadRow& row) {
+        float least = __int_as_float(0x7f800000), most = negative_infinity();
+        bool is_broken = false;
+#pragma unroll
+        for (int j = 0; j < LANE_UNITS; j++) {
+            if (!HeadRow::has(j)) continue;
+            is_broken = is_broken || has_nonfinite(row.low[j]) || has_nonfinite(row.high[j]);
+            least = fminf(fminf(fminf(least, low_half(row.low[j])), high_half(row.low[j])),
+                          fminf(low_half(row.high[j]), high_half(row.high[j])));
+            most = fmaxf(fmaxf(fmaxf(most, low_half(row.low[j])), high_half(row.low[j])),
+                         fmaxf(low_half(row.high[j]), high_half(row.high[j])));
+        }
+        least = warp_min(least);
+        most = warp_max(most);
+        uint16 zero_bits = float_to_half(0.5f * least + 0.5f * most);
+        uint16 scale_bits = float_to_half(__fdiv_rn(__fsub_rn(most, least), 255.0f));
+        float zero = half_to_float(zero_bits), scale = half_to_float(scale_bits);
+        parameters = uint32(zero_bits) << 16 | scale_bits;
+        if (__any_sync(FULL_WARP, is_broken)) {
+            parameters = 0x7fff7fff;
+            scale = 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < LANE_UNITS; j++) {
+            low[j] = quantize_one(low_half(row.low[j]), zero, scale) |
+                     quantize_one(high_half(row.low[j]), zero, scale) << 8;
+            high[j] = quantize_one(low_half(row.high[j]), zero, scale) |
+                      quantize_one(high_half(row.high[j]), zero, scale) << 8;
+        }
+    }
+};
+
+// A row as it lies in the cache, to wherever `place(byte)` says that byte of the row goes
+template <typename Place>
+DEVICE void store_cached_row(const HeadRow& row, Place place) {
+#pragma unroll
+    for (int j = 0; j < LANE_UNITS; j++) {
+        if (!HeadRow::has(j)) continue;
+        *reinterpret_cast<uint32*>(place(4 * HeadRow::unit(j))) = row.low[j];
+        *reinterpret_cast<uint32*>(place(2 * HALF + 4 * HeadRow::unit(j))) = row.high[j];
+    }
+}
+
+template <typename Place>
+DEVICE void store_cached_row(const QuantizedRow& row, Place place) {
+#pragma unroll
+    for (int j = 0; j < LANE_UNITS; j++) {
+        if (!HeadRow::has(j)) continue;
+        *reinterpret_cast<uint16*>(place(2 * HeadRow::unit(j))) = uint16(row.low[j]);
+        *reinterpret_cast<uint16*>(place(HALF + 2 * HeadRow::unit(j))) = uint16(row.high[j]);
+    }
+}

@@ -1,0 +1,38 @@
+// How attention's work is cut; attention_plan.cu writes these plans, the attention kernels read them.
+#pragma once
+#include "common.cuh"
+
+// DECODE: one query row's context is cut into splits of a length that depends on that context alone, so that the row's
+// result does not depend on the batch. SPLIT_TOKENS keeps a batch of one spread over the device; MAX_SPLITS bounds the
+// memory for partial results.
+constexpr int SPLIT_TOKENS = 256;
+constexpr int MAX_SPLITS = 32;
+
+DEVICE int split_length(int num_tokens) {
+    int quantum = SPLIT_TOKENS * MAX_SPLITS;
+    return max(1, (num_tokens + quantum - 1) / quantum) * SPLIT_TOKENS;
+}
+
+// One (query row, split). A row of no context at all has one empty split.
+struct __align__(16) SplitEntry {
+    int row;
+    int sequence;
+    int start, stop;   // positions start .. stop - 1
+    int context;       // positions that the row sees: 0 .. context - 1
+    int first_entry;   // of the row's splits, which lie one after the other
+    int num_splits;
+    int unused;
+};
+
+// A plan of DECODE, for up to ROWS_PER_PLAN rows: the number of entries, padding to 16 bytes, zeroed counters (one per row and
+// head tile, left at zero by every kernel that uses them), entries.
+constexpr int PLAN_HEADER = 4;
+constexpr int ROWS_PER_PLAN = 256;
+
+// One (sequence, query tile) of PREFILL. The plan: the number of entries, padding to 16 bytes, entries.
+struct __align__(16) TileEntry {
+    int sequence;
+    int first_row;   // of q
+    int num_rows;
+    int context;     // positions that the first row sees; each further row sees one more
+};

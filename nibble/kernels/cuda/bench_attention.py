@@ -1,0 +1,174 @@
+"""How fast attention is on this GPU: `python -m nibble.kernels.cuda.bench_attention [--quick]`.
+
+Random data, each measurement over enough caches that none of it is left in L2, all in one CUDA graph; the median of a
+few replays. GB/s counts what must be read once: the keys and values (with their scales) of all tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cupy
+import numpy as np
+
+from nibble.kernels.cuda import attention
+from nibble.kernels.cuda.append_kv import rope_append_kv
+from nibble.kernels.cuda.capture import capture
+from nibble.kernels.cuda.device import Device
+from nibble.kernels.cuda.rope import rope_table
+from nibble.kernels.interface import AttentionBatch, AttentionStep, Mode
+from nibble.kernels.layout import BLOCK_SIZE, KVDtype, KVLayout
+
+COLD_BYTES = 200 << 20  # four times the L2 of an H100
+MAX_CACHES = 64
+REPLAYS = 7
+WORKSPACE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step's attention: `queries` tokens of each of `batch` sequences, the last of `context` tokens."""
+
+    batch: int
+    context: int
+    queries: int = 1
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    dtype: KVDtype = KVDtype.INT8
+
+    @property
+    def layout(self) -> KVLayout:
+        return KVLayout(self.num_kv_heads, self.head_dim, self.dtype)
+
+    @property
+    def kv_bytes(self) -> float:
+        return self.batch * self.context * self.layout.block_bytes / BLOCK_SIZE
+
+    @property
+    def flops(self) -> float:
+        visible = self.queries * (2 * self.context - self.queries + 1) / 2
+        return 4.0 * self.batch * visible * self.num_heads * self.head_dim
+
+
+class Bench:
+    """Arrays for one case, and its timings."""
+
+    def __init__(self, device: Device, case: Case, memory: cupy.ndarray) -> None:
+        self.device, self.case = device, case
+        self.mode = Mode.DECODE if case.queries == 1 else Mode.PREFILL
+        blocks = -(-case.context // BLOCK_SIZE)
+        num_blocks = blocks * case.batch
+        size = num_blocks * case.layout.block_bytes
+        count = min(MAX_CACHES, len(memory) // size, max(1, -(-COLD_BYTES // size)))
+        shape = (num_blocks, case.num_kv_heads, case.layout.head_block_bytes)
+        self.caches = [memory[i * size : (i + 1) * size].reshape(shape) for i in range(count)]
+        tables = np.random.default_rng(0).permutation(num_blocks).astype(np.int32).reshape(case.batch, blocks)
+        starts = np.arange(case.batch + 1, dtype=np.int32) * case.queries
+        lengths = np.full(case.batch, case.context, np.int32)
+        self.arrays = AttentionBatch(cupy.asarray(starts), cupy.asarray(lengths), cupy.asarray(tables))
+        self.num_tokens = case.batch * case.queries
+        position = np.tile(np.arange(case.context - case.queries, case.context), case.batch)
+        slots = tables.repeat(case.queries, axis=0)[np.arange(self.num_tokens), position // BLOCK_SIZE]
+        self.positions = cupy.asarray(position.astype(np.int32))
+        self.slots = cupy.asarray(slots.astype(np.int64) * BLOCK_SIZE + position % BLOCK_SIZE)
+        columns = (case.num_heads + 2 * case.num_kv_heads) * case.head_dim
+        self.qkv = cupy.random.standard_normal((self.num_tokens, columns), dtype=np.float32).astype(np.float16)
+        frequencies = [10000.0 ** (-2 * i / case.head_dim) for i in range(case.head_dim // 2)]
+        self.table = rope_table(device, frequencies, case.context, 1.0)
+
+    def layers(self) -> float:
+        """Microseconds of one layer's attention."""
+
+        def run() -> None:
+            step = self._step()
+            for cache in self.caches:
+                with self.device.arena.scope():
+                    attention.attention(self.device, self.qkv, cache, step, self.case.layout, self.mode)
+
+        return (self._time(run) - self.plan()) / len(self.caches)
+
+    def plan(self) -> float:
+        """Microseconds of planning a step."""
+
+        def run() -> None:
+            for _ in range(8):
+                self._step()
+
+        return self._time(run) / 8
+
+    def append(self) -> float:
+        """Microseconds of rotating and appending all tokens."""
+        step = self._step()
+        layout = self.case.layout
+
+        def run() -> None:
+            for cache in self.caches:
+                rope_append_kv(self.device, self.qkv, step.positions, step.slots, step.rope_table, cache, layout)
+
+        return self._time(run) / len(self.caches)
+
+    def _step(self) -> AttentionStep:
+        plan = attention.plan_attention(self.device, self.arrays, self.case.layout, self.num_tokens, self.mode)
+        return AttentionStep(self.arrays, self.positions, self.slots, self.table, plan)
+
+    def _time(self, run: Callable[[], None]) -> float:
+        with self.device.arena.scope():
+            graph = capture(self.device, run)
+            times = []
+            for _ in range(REPLAYS):
+                start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+                start.record(self.device.stream)
+                graph()
+                stop.record(self.device.stream)
+                stop.synchronize()
+                times.append(cupy.cuda.get_elapsed_time(start, stop) * 1e3)
+        return float(np.median(times))
+
+
+def report(device: Device, case: Case, memory: cupy.ndarray) -> None:
+    with device.arena.scope():
+        bench = Bench(device, case, memory)
+        us, plan_us = bench.layers(), bench.plan()
+        name = f"{case.num_heads}/{case.num_kv_heads} d{case.head_dim} {case.dtype:5} batch {case.batch:3}"
+        if case.queries == 1:
+            speed = f"{case.kv_bytes / us / 1e3:6.0f} GB/s"
+        else:
+            append_us = bench.append()
+            speed = f"{case.flops / (us - append_us) / 1e6:6.1f} TFLOP/s, append {append_us:.1f} us"
+        line = f"{name} ctx {case.context:5} new {case.queries:4}: {us:8.2f} us {speed}, plan {plan_us:.1f} us"
+        print(line, flush=True)  # noqa: T201 - a command's report
+
+
+def cases(quick: bool) -> list[Case]:
+    decode = [Case(b, c) for c in (512, 1024, 4096) for b in (1, 8, 32, 64, 128, 256)]
+    prefill = [Case(1, 2048, 2048), Case(1, 8192, 8192), Case(8, 1024, 1024), Case(1, 8192, 1024)]
+    if quick:
+        keep = [(1, 512), (1, 4096), (8, 1024), (32, 4096), (128, 1024)]
+        return [case for case in decode if (case.batch, case.context) in keep] + prefill[:2]
+    others = [Case(b, 1024, dtype=KVDtype.FP16) for b in (1, 32, 128)]
+    others += [Case(b, 1024, num_heads=28, num_kv_heads=4) for b in (1, 64)]
+    others += [Case(b, 1024, num_heads=32, num_kv_heads=8, head_dim=64) for b in (1, 64)]
+    others += [Case(1, 128), Case(1, 8192), Case(64, 1024, head_dim=256, num_heads=8, num_kv_heads=4)]
+    return decode + others + prefill + [Case(1, 8192, 8192, dtype=KVDtype.FP16)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few cases")
+    arguments = parser.parse_args()
+    device = Device(0, WORKSPACE_BYTES)
+    print(device.name)  # noqa: T201
+    chosen = cases(arguments.quick)
+    memory = cupy.empty(max(int(max(c.kv_bytes for c in chosen)), 2 * COLD_BYTES), np.uint8)
+    # Random bytes, but no NaN among the scales: fp16 of exponents below 16
+    memory.view(np.uint32)[...] = cupy.random.randint(0, 2**31 - 1, len(memory) // 4, dtype=np.int32).view(np.uint32)
+    memory.view(np.uint16)[...] &= np.uint16(0xBBFF)
+    for case in chosen:
+        report(device, case, memory)
+
+
+if __name__ == "__main__":
+    main()
