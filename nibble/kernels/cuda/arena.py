@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from nibble.kernels.cuda.errors import OutOfMemoryError
 
+MAX_KNOWN_ARRAYS = 1 << 14
 ALIGNMENT = 256  # bytes; cudaMalloc's, and more than any vector access needs
 
 
@@ -27,11 +28,14 @@ class Arena:
     def __init__(self, num_bytes: int) -> None:
         self._memory: Any = None  # cupy.cuda.MemoryPointer
         self._used = 0
+        # By start, shape and dtype: steps repeat themselves, and to make an array takes longer than to find it.
+        self._arrays: dict[tuple[int, tuple[int, ...], npt.DTypeLike], cupy.ndarray] = {}
         self.resize(num_bytes)
 
     def resize(self, num_bytes: int) -> None:
         """Take other memory, at another address. Nothing may be in use, nor any graph that was captured with it."""
         assert self._used == 0, "the workspace is in use"
+        self._arrays.clear()
         self._memory = None
         self.num_bytes = num_bytes
         self.peak_bytes = 0  # the most that was in use since
@@ -43,18 +47,25 @@ class Arena:
 
     @property
     def free_bytes(self) -> int:
-        return self.num_bytes - self._used
+        return max(self.num_bytes - self._used, 0)
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> cupy.ndarray:
         """An uninitialised array, valid until the scope that it was made in ends. Raises OutOfMemoryError."""
-        dtype = np.dtype(dtype)
-        start = self._used
-        end = start + -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        key = (self._used, shape, dtype)
+        array = self._arrays.get(key)
+        if array is None:
+            if len(self._arrays) >= MAX_KNOWN_ARRAYS:
+                self._arrays.clear()
+            array = self._arrays[key] = self._make(shape, np.dtype(dtype))
+        self._used += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        self.peak_bytes = max(self.peak_bytes, self._used)
+        return array
+
+    def _make(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> cupy.ndarray:
+        end = self._used + math.prod(shape) * dtype.itemsize
         if end > self.num_bytes:
             raise OutOfMemoryError(f"the workspace has {self.num_bytes} bytes, this step needs at least {end}")
-        self._used = end
-        self.peak_bytes = max(self.peak_bytes, end)
-        return cupy.ndarray(shape, dtype, self._memory + start)
+        return cupy.ndarray(shape, dtype, self._memory + self._used)
 
     def poison(self, max_bytes: int | None = None) -> None:
         """Fill (the first max_bytes of) the free part with 0xFF, which is NaN as a float and -1 as an id: for tests."""

@@ -19,7 +19,6 @@ from cuda.bindings import driver
 
 from nibble.kernels.cuda.errors import DriverError
 
-MAX_STATIC_SHARED_BYTES = 48 * 1024  # more must be asked for, per kernel
 MAX_ARGUMENTS = 32
 
 _CLUSTER_DIMENSION = 4
@@ -32,21 +31,8 @@ class _Attribute(ctypes.Structure):
     _fields_ = (("id", ctypes.c_uint), ("padding", ctypes.c_uint), ("value", ctypes.c_uint * 16))
 
 
-class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        ("grid_x", ctypes.c_uint),
-        ("grid_y", ctypes.c_uint),
-        ("grid_z", ctypes.c_uint),
-        ("block_x", ctypes.c_uint),
-        ("block_y", ctypes.c_uint),
-        ("block_z", ctypes.c_uint),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("num_attributes", ctypes.c_uint),
-    )
+# CUlaunchConfig: grid (3), block (3), dynamic shared bytes, padding, stream, attributes, their number, padding
+_CONFIG = struct.Struct("<7I4xQQI4x")
 
 
 @cache
@@ -71,15 +57,19 @@ class Kernel:
         self._function = function
         self._handle = int(function)
         self._overlaps = overlaps
-        self._shared_limit = MAX_STATIC_SHARED_BYTES
+        self._shared_limit = 0  # beyond 48 KiB, static ones included, they must be asked for: always, then
         self._attributes = (_Attribute * 2)()
         self._attributes[0].id = _PROGRAMMATIC_STREAM_SERIALIZATION
         self._attributes[0].value[0] = 1
         self._attributes[1].id = _CLUSTER_DIMENSION
-        self._config = _Config(block_y=1, block_z=1, attributes=self._attributes)
+        self._attributes_address = ctypes.addressof(self._attributes)
+        self._config = ctypes.create_string_buffer(_CONFIG.size)
         self._slots = (ctypes.c_uint64 * MAX_ARGUMENTS)()  # the driver copies them before a launch returns
         address = ctypes.addressof(self._slots)
         self._pointers = (ctypes.c_void_p * MAX_ARGUMENTS)(*(address + 8 * i for i in range(MAX_ARGUMENTS)))
+        self._types: tuple[type, ...] | None = None  # of the last launch's arguments, and how they are packed
+        self._format = struct.Struct("")
+        self._launch = _launch_function()
 
     def launch(
         self,
@@ -98,19 +88,28 @@ class Kernel:
             return
         if shared_bytes > self._shared_limit:
             self._allow_shared(shared_bytes)
-        config = self._config
-        config.grid_x, config.grid_y, config.grid_z = grid
-        config.block_x, config.shared_bytes = block, shared_bytes
-        config.stream = cupy.cuda.get_current_stream().ptr
-        config.num_attributes = 1 if self._overlaps else 0
+        types = tuple(map(type, arguments))
+        if types != self._types:
+            self._types, self._format = types, _argument_format(types)
+        self._format.pack_into(self._slots, 0, *map(_value, arguments))
+        num_attributes = 1 if self._overlaps else 0
         if cluster > 1:
             assert self._overlaps, "clusters need sm_90"
-            config.num_attributes = 2
             self._attributes[1].value[0:3] = [cluster, 1, 1]
-        _argument_format(tuple(map(type, arguments))).pack_into(self._slots, 0, *map(_value, arguments))
-        result = _launch_function()(ctypes.byref(config), self._handle, self._pointers, None)
+            num_attributes = 2
+        stream = cupy.cuda.get_current_stream().ptr
+        attributes = self._attributes_address
+        _CONFIG.pack_into(self._config, 0, *grid, block, 1, 1, shared_bytes, stream, attributes, num_attributes)
+        result = self._launch(self._config, self._handle, self._pointers, None)
         if result:
             raise DriverError(f"launching {self.name}: {driver.CUresult(result).name}")
+
+    def bind(self, index: int, address: int) -> None:
+        """From now on argument `index` is read from the host's memory there, and None is passed to `launch` for it.
+
+        For parameters larger than a slot (`tensor_map.py`). The memory must outlive the launches.
+        """
+        self._pointers[index] = address
 
     def attribute(self, which: Any) -> int:
         """A CUfunction_attribute of the loaded code, e.g. its registers."""
@@ -145,8 +144,8 @@ def _argument_format(types: tuple[type, ...]) -> struct.Struct:
 
 
 def _value(argument: Any) -> Any:
-    if isinstance(argument, cupy.ndarray):
-        assert argument.flags.c_contiguous, "a kernel's arrays must be C-contiguous"
+    if type(argument) is cupy.ndarray:
+        assert argument._c_contiguous, "a kernel's arrays must be C-contiguous"  # .flags takes six times as long
         return argument.data.ptr
     return 0 if argument is None else argument
 
