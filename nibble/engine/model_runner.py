@@ -42,6 +42,15 @@ class PendingStep:
     launched_s: float  # time.perf_counter()
 
 
+@dataclass(frozen=True)
+class CapturedPass:
+    """The decode pass for one number of rows. Its inputs are the front of the buffers."""
+
+    shape: PassShape
+    host: list[PassInputs]  # in each host buffer
+    replay: Callable[[], None]
+
+
 class ModelRunner:
     """Runs steps on one device, at most two of them at a time."""
 
@@ -67,24 +76,26 @@ class ModelRunner:
             ).num_bytes
         )
         self._host = [kernels.host_buffer((size,), np.uint8) for _ in range(NUM_HOST_BUFFERS)]
+        self._turn = 0  # which host buffer is the present step's
         self._inputs = kernels.zeros((size,), np.uint8)
-        self._graphs: dict[int, Callable[[], None]] = {}  # by rows, ascending
         self._buckets = [b for b in BUCKETS if b < max_sequences] + [max_sequences]
+        self._captured: list[CapturedPass] = []  # one per bucket, if there are any
 
     def capture(self) -> None:
-        """Capture the decode step for every bucket. Without it, and on a synchronous backend, none is captured."""
+        """Capture the decode pass for every bucket. Without it (on a synchronous backend) all passes run op by op."""
         for num_rows in self._buckets:
-            shape = self._bucket_shape(num_rows)
-            fill_idle(cut(self._host[0], shape), shape, 0, self._idle_block)
+            shape = PassShape(num_rows, num_rows, self._max_blocks, num_rows)
+            host = [cut(buffer, shape) for buffer in self._host]
+            fill_idle(host[self._turn], shape, 0, self._idle_block)
             self._upload(shape.num_bytes)
-            inputs = cut(self._inputs, shape)
-            self._graphs[num_rows] = self.kernels.capture(partial(self._compute, inputs, Mode.DECODE))
+            replay = self.kernels.capture(partial(self._compute, cut(self._inputs, shape), Mode.DECODE))
             self.kernels.start_to_host(self._latest).wait()  # the host buffer is free again
+            self._captured.append(CapturedPass(shape, host, replay))
 
     def launch(self, batch: Batch) -> PendingStep:
         """Start to compute a batch, behind those that were started before."""
         launched_s = time.perf_counter()
-        self._host.reverse()
+        self._turn = (self._turn + 1) % NUM_HOST_BUFFERS
         passes: list[Callable[[], None]] = []
         sequences: list[Sequence] = []
         start = 0
@@ -107,7 +118,7 @@ class ModelRunner:
 
     def compute_idle(self, shape: PassShape, mode: Mode) -> None:
         """Compute a pass of this shape that touches nobody's blocks and samples for nobody."""
-        fill_idle(cut(self._host[0], shape), shape, 0, self._idle_block)
+        fill_idle(cut(self._host[self._turn], shape), shape, 0, self._idle_block)
         self._upload(shape.num_bytes)
         self._compute(cut(self._inputs, shape), mode)
         self.kernels.start_to_host(self._latest).wait()
@@ -116,16 +127,15 @@ class ModelRunner:
         self, chunks: list[Chunk], mode: Mode, start: int, first_sample_row: int
     ) -> tuple[int, Callable[[], None]]:
         """Fill the host buffer from `start` on; (bytes filled, what computes the pass once they are uploaded)."""
-        shape, graph = shape_of(chunks), None
-        if mode is Mode.DECODE and self._graphs and shape.num_tokens == len(chunks) and not shape.num_bans:
-            num_rows = self._buckets[bisect_left(self._buckets, len(chunks))]
-            shape, graph = self._bucket_shape(num_rows), self._graphs[num_rows]
-            assert start == 0, "graphs read the front of the inputs"
-        host = cut(self._host[0][start:], shape)
-        fill(host, chunks, first_sample_row)
-        if graph is not None:
-            fill_idle(host, shape, len(chunks), self._idle_block)
-            return shape.num_bytes, graph
+        shape = shape_of(chunks)
+        if mode is Mode.DECODE and self._captured and shape.num_tokens == len(chunks) and not shape.num_bans:
+            assert start == 0, "captured passes read the front of the inputs"
+            captured = self._captured[bisect_left(self._buckets, len(chunks))]
+            fill(captured.host[self._turn], chunks, first_sample_row)
+            if len(chunks) < captured.shape.num_sequences:
+                fill_idle(captured.host[self._turn], captured.shape, len(chunks), self._idle_block)
+            return captured.shape.num_bytes, captured.replay
+        fill(cut(self._host[self._turn][start:], shape), chunks, first_sample_row)
         return shape.num_bytes, partial(self._compute, cut(self._inputs[start:], shape), mode)
 
     def _compute(self, inputs: PassInputs, mode: Mode) -> None:
@@ -144,16 +154,13 @@ class ModelRunner:
 
     def _upload(self, num_bytes: int) -> None:
         # Later than all kernels of the step before, which read the same device buffer: one stream does both.
-        self.kernels.copy_to_device(self._host[0][:num_bytes], self._inputs[:num_bytes])
+        self.kernels.copy_to_device(self._host[self._turn][:num_bytes], self._inputs[:num_bytes])
 
     def _advance(self, batch: Batch) -> None:
         row = 0
         for chunk in batch.chunks:
             chunk.sequence.launched(chunk.num_tokens, row if chunk.samples else None)
             row += chunk.samples
-
-    def _bucket_shape(self, num_rows: int) -> PassShape:
-        return PassShape(num_rows, num_rows, self._max_blocks, num_rows)
 
     def _step_bytes(self, batch: Batch) -> int:
         config, layout = self.model.config, self.model.kv_layout

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def shape_of(chunks: list[Chunk]) -> PassShape:
         num_sequences=len(chunks),
         num_blocks=max(len(chunk.sequence.block_table) for chunk in chunks),
         num_samples=len(sampling),
-        num_bans=sum(len(banned_ids(sequence)) for sequence in sampling),
+        num_bans=sum(len(banned_ids(sequence)) for sequence in sampling if sequence.request.sampling.min_tokens),
     )
 
 
@@ -100,21 +101,21 @@ def banned_ids(sequence: Sequence) -> tuple[int, ...]:
 
 def fill(inputs: PassInputs, chunks: list[Chunk], first_sample_row: int) -> None:
     """Write the chunks to the front of the host arrays. What samples gets rows from first_sample_row on, in order."""
-    start, last_rows, sampling = 0, [], []
-    inputs.query_starts[0] = 0
-    for row, chunk in enumerate(chunks):
-        sequence, stop = chunk.sequence, start + chunk.num_tokens
-        _fill_tokens(inputs, chunk, slice(start, stop))
-        inputs.query_starts[row + 1] = stop
-        inputs.context_lens[row] = sequence.num_computed_tokens + chunk.num_tokens
-        inputs.block_tables[row, : len(sequence.block_table)] = sequence.block_table
-        if chunk.samples:
-            last_rows.append(stop - 1)
-            sampling.append(sequence)
-        start = stop
+    sequences, rows = [chunk.sequence for chunk in chunks], slice(0, len(chunks))
+    stops = list(accumulate(chunk.num_tokens for chunk in chunks))
+    inputs.query_starts[0], inputs.query_starts[1 : len(chunks) + 1] = 0, stops
+    inputs.context_lens[rows] = [chunk.sequence.num_computed_tokens + chunk.num_tokens for chunk in chunks]
+    for row, sequence in zip(inputs.block_tables, sequences, strict=False):
+        row[: len(sequence.block_table)] = sequence.block_table
+    if stops[-1] == len(chunks):
+        _fill_single_tokens(inputs, sequences)
+    else:
+        for chunk, stop in zip(chunks, stops, strict=True):
+            _fill_tokens(inputs, chunk, slice(stop - chunk.num_tokens, stop))
+    last_rows = [stop - 1 for chunk, stop in zip(chunks, stops, strict=True) if chunk.samples]
     inputs.last_rows[: len(last_rows)] = last_rows
     inputs.sample_rows[: len(last_rows)] = range(first_sample_row, first_sample_row + len(last_rows))
-    _fill_sampling(inputs, sampling)
+    _fill_sampling(inputs, [chunk.sequence for chunk in chunks if chunk.samples])
 
 
 def fill_idle(inputs: PassInputs, shape: PassShape, first_row: int, idle_block: int) -> None:
@@ -124,7 +125,7 @@ def fill_idle(inputs: PassInputs, shape: PassShape, first_row: int, idle_block: 
     """
     rows = slice(first_row, None)
     inputs.ids[rows], inputs.positions[rows], inputs.slots[rows] = 0, 0, idle_block * BLOCK_SIZE
-    starts = np.linspace(0, shape.num_tokens, shape.num_sequences + 1).astype(np.int32)
+    starts = np.arange(shape.num_sequences + 1) * shape.num_tokens // shape.num_sequences
     inputs.query_starts[first_row:] = starts[first_row:]
     inputs.context_lens[rows] = np.diff(starts)[rows]
     inputs.block_tables[rows] = idle_block
@@ -133,22 +134,32 @@ def fill_idle(inputs: PassInputs, shape: PassShape, first_row: int, idle_block: 
     inputs.temperature[rows], inputs.top_k[rows], inputs.top_p[rows], inputs.min_p[rows] = 0, 0, 1, 0
 
 
+def _fill_single_tokens(inputs: PassInputs, sequences: list[Sequence]) -> None:
+    """Ids, positions and slots of one token of each sequence: hundreds of them, in every step."""
+    positions = [sequence.num_computed_tokens for sequence in sequences]
+    rows = slice(0, len(sequences))
+    inputs.positions[rows] = positions
+    inputs.slots[rows] = [
+        sequence.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+        for sequence, position in zip(sequences, positions, strict=True)
+    ]
+    inputs.ids[rows] = [
+        sequence.token_ids[position] if position < len(sequence.token_ids) else _newest_id(sequence)
+        for sequence, position in zip(sequences, positions, strict=True)
+    ]
+
+
 def _fill_tokens(inputs: PassInputs, chunk: Chunk, rows: slice) -> None:
     """Ids, positions and slots of a chunk's tokens."""
     sequence, first = chunk.sequence, chunk.sequence.num_computed_tokens
-    stop, table = first + chunk.num_tokens, chunk.sequence.block_table
-    if chunk.num_tokens == 1:  # a decoding sequence, of which there may be hundreds: no arrays
-        inputs.ids[rows.start] = _newest_id(sequence) if stop > len(sequence.token_ids) else sequence.token_ids[first]
-        inputs.positions[rows.start] = first
-        inputs.slots[rows.start] = table[first // BLOCK_SIZE] * BLOCK_SIZE + first % BLOCK_SIZE
-        return
+    stop, table = first + chunk.num_tokens, np.array(chunk.sequence.block_table)
     positions = np.arange(first, stop)
     num_known = min(stop, len(sequence.token_ids)) - first
     inputs.ids[rows.start : rows.start + num_known] = sequence.token_ids[first : first + num_known]
     if num_known < chunk.num_tokens:
         inputs.ids[rows.stop - 1] = _newest_id(sequence)
     inputs.positions[rows] = positions
-    inputs.slots[rows] = np.array(table)[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    inputs.slots[rows] = table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
 
 
 def _newest_id(sequence: Sequence) -> int:

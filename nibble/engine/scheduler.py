@@ -11,6 +11,8 @@ whatever an earlier step still writes to a block is there before its new owner's
 
 from __future__ import annotations
 
+from bisect import insort
+
 from nibble.engine.batch import Batch, Chunk
 from nibble.engine.block_manager import BlockManager
 from nibble.engine.sequence import Sequence
@@ -25,13 +27,12 @@ class Scheduler:
         self.max_num_sequences = max_num_sequences
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []  # in order of service
-        self.running: list[Sequence] = []
+        self.running: list[Sequence] = []  # in order of service
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind all of the same or a higher priority (a lower number)."""
-        self.waiting.append(sequence)
-        self.waiting.sort(key=_service_order)
+        insort(self.waiting, sequence, key=_service_order)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished or aborted sequence; its blocks are free at once."""
@@ -52,7 +53,7 @@ class Scheduler:
         """One token per running sequence, more where generated tokens must be recomputed."""
         chunks: list[Chunk] = []
         # In service order, so that whoever is preempted for want of blocks has no chunk in this step yet.
-        decoding = sorted((s for s in self.running if not s.is_prefilling), key=_service_order)
+        decoding = [sequence for sequence in self.running if not sequence.is_prefilling]
         budget = self.max_num_batched_tokens - len(decoding)
         for sequence in decoding:
             if not sequence.block_table:  # preempted for one before it
@@ -75,7 +76,7 @@ class Scheduler:
             if not self.block_manager.can_grow(sequence.block_table, sequence.num_tokens):
                 break
             self.block_manager.grow(sequence.block_table, sequence.num_tokens)
-            self.running.append(self.waiting.pop(0))
+            insort(self.running, self.waiting.pop(0), key=_service_order)
             budget -= self._add_prefill_chunk(chunks, sequence, budget)
         return chunks
 
@@ -91,7 +92,7 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Grow the sequence's blocks, preempting from the back of the service order. False: it was itself the last."""
         while not self.block_manager.can_grow(sequence.block_table, num_tokens):
-            victim = max(self.running, key=_service_order)
+            victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
