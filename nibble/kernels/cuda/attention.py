@@ -17,20 +17,21 @@ from nibble.kernels.cuda.rope import HEAD_DIMS, MAX_GROUP_SIZE, check_table, def
 from nibble.kernels.interface import AttentionBatch, AttentionStep, Mode
 from nibble.kernels.layout import BLOCK_SIZE, KVLayout
 
-VARIANTS: tuple[Defines, ...] = tuple((("HEAD_DIM", d), ("KV_FP16", f)) for d in HEAD_DIMS for f in (0, 1))
+_LAYOUTS: tuple[Defines, ...] = tuple((("HEAD_DIM", d), ("KV_FP16", f)) for d in HEAD_DIMS for f in (0, 1))
+VARIANTS = {"attention_plan": ((),), "attention_decode": _LAYOUTS, "attention_prefill": _LAYOUTS}
 
 # As in attention_plan.cuh
 SPLIT_TOKENS = 256
 MAX_SPLITS = 32
 ROWS_PER_PLAN = 256
 PLAN_HEADER = 4  # int32
-SPLIT_ENTRY = 8  # int32
+SPLIT_ENTRY = 12  # int32
 TILE_ENTRY = 4  # int32
 PLAN_BLOCK = 1024
 
 # As in attention_decode.cu
 HEADS_PER_TILE = 8
-DECODE_BLOCK = 256
+DECODE_BLOCK = 288
 DECODE_BLOCKS_PER_MULTIPROCESSOR = 2
 DECODE_SHARED_BYTES = 113 * 1024
 
@@ -64,6 +65,8 @@ def plan_attention(
         PLAN_BLOCK,
         batch.query_starts,
         batch.context_lens,
+        batch.block_tables,
+        np.int32(max_blocks),
         np.int32(num_sequences),
         np.int32(num_tokens),
         np.int32(num_counters),
@@ -82,7 +85,7 @@ def attention(
         assert (step.slots.shape, step.slots.dtype) == ((len(qkv),), np.int64), "slots must be int64 (T,)"
         assert (step.positions.shape, step.positions.dtype) == ((len(qkv),), np.int32), "positions must be int32 (T,)"
         check_table(step.rope_table, layout)
-        return _decode(device, qkv, kv_cache, step.batch, step.plan, layout, step)
+        return _decode(device, qkv, kv_cache, step.batch, step.plan, layout, step.rope_table)
     rope_append_kv(device, qkv, step.positions, step.slots, step.rope_table, kv_cache, layout)
     attend = _decode if mode is Mode.DECODE else _prefill
     return attend(device, qkv, kv_cache, step.batch, step.plan, layout)
@@ -104,9 +107,10 @@ def _decode(
     batch: AttentionBatch,
     plan: cupy.ndarray,
     layout: KVLayout,
-    new_tokens: AttentionStep | None = None,
+    table: cupy.ndarray | None = None,
 ) -> cupy.ndarray:
-    """new_tokens: where q and k are to be rotated and k and v to be appended by the same kernel."""
+    """table: where the same kernel is to rotate q and k and to append k and v: each row is the last token of its
+    sequence, so its position and its slot follow from the batch."""
     num_heads = num_query_heads(qkv, layout)
     check_cache(kv_cache, layout)
     group_size, max_blocks = num_heads // layout.num_kv_heads, batch.block_tables.shape[1]
@@ -117,7 +121,6 @@ def _decode(
     stats = device.empty((partial_rows, 2), np.float32)
     out = device.empty((len(qkv), num_heads * layout.head_dim), np.float16)
     most_blocks = DECODE_BLOCKS_PER_MULTIPROCESSOR * device.num_multiprocessors
-    new = (new_tokens.positions, new_tokens.slots, new_tokens.rope_table) if new_tokens else (None, None, None)
     kernel = device.kernel("attention_decode", "attention_decode", defines(layout))
     for slice_plan in plan:  # one after the other: they share the memory for partial results
         kernel.launch(
@@ -126,7 +129,7 @@ def _decode(
             qkv,
             kv_cache,
             batch.block_tables,
-            *new,
+            table,
             slice_plan,
             sums,
             stats,

@@ -12,10 +12,14 @@ from nibble.kernels.cuda.compile import SOURCE_DIRECTORY, Cubin, Defines, compil
 
 
 def all_variants() -> list[tuple[str, Defines]]:
-    """(stem, defines) of each, from the VARIANTS of the launcher `<stem>.py` beside every `<stem>.cu`."""
-    stems = sorted(path.stem for path in SOURCE_DIRECTORY.glob("*.cu") if path.with_suffix(".py").exists())
-    launchers = {stem: importlib.import_module(f"{__package__}.{stem}") for stem in stems}
-    return [(stem, defines) for stem, launcher in launchers.items() for defines in launcher.VARIANTS]
+    """(stem, defines) of each, from the launchers' VARIANTS: of `<launcher>.cu`, or by stem where it has several."""
+    variants: list[tuple[str, Defines]] = []
+    for path in sorted(SOURCE_DIRECTORY.glob("*.py")):
+        if "\nVARIANTS" in path.read_text():
+            named = importlib.import_module(f"{__package__}.{path.stem}").VARIANTS
+            by_stem = named if isinstance(named, dict) else {path.stem: named}
+            variants += [(stem, defines) for stem, every in by_stem.items() for defines in every]
+    return variants
 
 
 def compile_all(
