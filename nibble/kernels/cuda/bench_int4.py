@@ -2,7 +2,8 @@
 
 Decode: the four linears of all layers as one graph, each layer with weights of its own, which is what an engine step
 runs and is too large for L2; then each shape alone over all its layers. Prefill: each shape alone, T tokens.
-Times are medians of graph replays by GPU events. The roof is `--bandwidth` for bytes and `--flops` for products.
+Times are medians by GPU events, of graph replays but for prefill (CuPy refuses to capture
+cuBLAS). The roof is `--bandwidth` for bytes and `--flops` for products.
 """
 
 from __future__ import annotations
@@ -88,10 +89,11 @@ def _random_tiles(rng: np.random.Generator, num_tiles: int, tile_bytes: int) -> 
     return tiles.reshape(-1)
 
 
-def median_us(kernels: CUDAKernels, step: Callable[[], None], replays: int = REPLAYS) -> float:
-    """Of a step as a graph, after two replays to warm up."""
-    graph, stream = kernels.capture(step), kernels.device.stream
-    events = [cupy.cuda.Event() for _ in range(replays + 3)]
+def median_us(kernels: CUDAKernels, step: Callable[[], None], captures: bool) -> float:
+    """Of a step, as a graph if it `captures`, after two to warm up."""
+    stream = kernels.device.stream
+    graph = kernels.capture(step) if captures else step
+    events = [cupy.cuda.Event() for _ in range(REPLAYS + 3)]
     for event in events:
         event.record(stream)
         graph()
@@ -140,7 +142,7 @@ class Bench:
                             x = hidden
                         hidden = self.kernels.int4_linear(x, weight, mode=mode, **options)
 
-        us = median_us(self.kernels, step)
+        us = median_us(self.kernels, step, mode is Mode.DECODE)
         self._report(f"{self.num_layers} layers", num_tokens, us, self.num_layers, range(len(self.shapes)))
 
     def alone(self, index: int, num_tokens: int, mode: Mode, num_layers: int) -> None:
@@ -152,7 +154,7 @@ class Bench:
                 with self.kernels.temporaries():
                     self.kernels.int4_linear(x, layer[index], mode=mode, **options)
 
-        us = median_us(self.kernels, step) / num_layers
+        us = median_us(self.kernels, step, mode is Mode.DECODE) / num_layers
         self._report(self.shapes[index].name, num_tokens, us, 1, [index])
 
     def _report(self, name: str, num_tokens: int, us: float, repeats: int, indices: Sequence[int]) -> None:

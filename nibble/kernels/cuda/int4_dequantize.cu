@@ -7,23 +7,14 @@
 // other. first_row: a multiple of 64; row first_row of the matrix is the first of out.
 //
 // Bytes: N * K / 2 * (1 + 8 / GROUP_SIZE) read, 2 * N * K written.
-#include "common.cuh"
-
-#ifndef GROUP_SIZE
-#error "GROUP_SIZE: 32, 64 or 128"
-#endif
-
-constexpr int TILE_ROWS = 64;
-constexpr int TILE_COLUMNS = 128;
-constexpr int GROUP_BYTES = TILE_ROWS * 4;  // (scale, minimum) of one group
-constexpr int TILE_BYTES = TILE_ROWS * TILE_COLUMNS / 2 + TILE_COLUMNS / GROUP_SIZE * GROUP_BYTES;
+#include "int4_tile.cuh"
 
 extern "C" __global__ void int4_dequantize(const uint8* __restrict__ packed, uint16* out, int first_row, int num_rows,
                                            int num_columns) {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int width = min(TILE_COLUMNS, num_columns - int(blockIdx.x) * TILE_COLUMNS);
-    const int64 row_bytes = int64(num_columns) * (TILE_ROWS / 2) + int64(num_columns / GROUP_SIZE) * GROUP_BYTES;
-    const uint8* tile = packed + (first_row / TILE_ROWS + int(blockIdx.y)) * row_bytes + int64(blockIdx.x) * TILE_BYTES;
+    const uint8* tile = packed + (first_row / TILE_ROWS + int(blockIdx.y)) * row_tile_bytes(num_columns) +
+                        int64(blockIdx.x) * TILE_BYTES;
     const uint8* scales = tile + width * (TILE_ROWS / 2);
     grid_launch_dependents();
     grid_wait();

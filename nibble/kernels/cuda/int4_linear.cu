@@ -20,58 +20,29 @@
 // row block to arrive adds them up. It finds itself by `arrivals`, which it leaves zeroed.
 //
 // Bytes: N * K / 2 * (1 + 8 / GROUP_SIZE) of weights once per 64 tokens, and x once per row block.
-#include "common.cuh"
+#include "int4_tile.cuh"
 
-#ifndef GROUP_SIZE
-#error "GROUP_SIZE: 32, 64 or 128"
-#endif
-
-constexpr int TILE_ROWS = 64;
-constexpr int TILE_COLUMNS = 128;
-constexpr int STEPS = TILE_COLUMNS / 16;  // of an mma along K
-constexpr int GROUPS = TILE_COLUMNS / GROUP_SIZE;
-constexpr int NIBBLE_BYTES = TILE_ROWS * TILE_COLUMNS / 2;
+constexpr int STEPS = TILE_COLUMNS / 16;          // of an mma along K
 constexpr int FRAGMENT_BYTES = NIBBLE_BYTES / 4;  // 16 rows x 128 columns
-constexpr int GROUP_BYTES = TILE_ROWS * 4;        // (scale, minimum) of one group
-constexpr int TILE_BYTES = NIBBLE_BYTES + GROUPS * GROUP_BYTES;
 constexpr int X_ROW_BYTES = TILE_COLUMNS * 2;
 constexpr int THREADS = 128;
 constexpr int MAX_TOKENS = 64;
 
-static_assert(GROUP_SIZE == 32 || GROUP_SIZE == 64 || GROUP_SIZE == 128, "group sizes of layout.py");
-
 struct Problem {
     const uint16* x;
     const uint8* packed;
-    const float* bias;
-    uint16* out;      // fp16 (T, N) or (T, N / 2), unused with residual
-    float* residual;  // or null
+    Epilogue epilogue;
     float4* partials;
     uint32* arrivals;
-    int num_tokens, num_rows, num_columns;
+    int num_columns;
     int tiles_per_slice;
-    bool gated;
 };
-
-// A fragment of 16 x 16 weights from one word per lane; scales: (scale, minimum) of row g and of row g + 8, in pairs
-DEVICE void dequantize(uint32 (&a)[4], uint32 word, const uint32 (&scale)[2], const uint32 (&minimum)[2]) {
-    const uint32 high = word >> 8;
-    // An fp16 1024 with q in its low mantissa bits is 1024 + q, one nibble up 1024 + 16 q: both steps below are exact
-    const uint32 q0 = half2_add(and_or(word, 0x000F000F, 0x64006400), 0xE400E400);              // - 1024
-    const uint32 q1 = half2_fma(and_or(word, 0x00F000F0, 0x64006400), 0x2C002C00, 0xD400D400);  // / 16 - 64
-    const uint32 q2 = half2_add(and_or(high, 0x000F000F, 0x64006400), 0xE400E400);
-    const uint32 q3 = half2_fma(and_or(high, 0x00F000F0, 0x64006400), 0x2C002C00, 0xD400D400);
-    a[0] = half2_fma(q0, scale[0], minimum[0]);
-    a[1] = half2_fma(q1, scale[1], minimum[1]);
-    a[2] = half2_fma(q2, scale[0], minimum[0]);
-    a[3] = half2_fma(q3, scale[1], minimum[1]);
-}
 
 template <int ROW_TILES>
 DEVICE void copy_weights(uint32 stage, const Problem& p, int row_tile, int tile) {
-    const int num_row_tiles = (p.num_rows + TILE_ROWS - 1) / TILE_ROWS;
+    const int num_row_tiles = (p.epilogue.num_rows + TILE_ROWS - 1) / TILE_ROWS;
     const int width = min(TILE_COLUMNS, p.num_columns - tile * TILE_COLUMNS);
-    const int64 row_bytes = int64(p.num_columns) * (TILE_ROWS / 2) + int64(p.num_columns / GROUP_SIZE) * GROUP_BYTES;
+    const int64 row_bytes = row_tile_bytes(p.num_columns);
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
         const uint8* source = p.packed + (row_tile + r) * row_bytes + int64(tile) * TILE_BYTES;
@@ -97,7 +68,7 @@ DEVICE void copy_x(uint32 stage, const Problem& p, int first_token, int tile) {
     for (int i = threadIdx.x; i < TOKENS * X_ROW_BYTES / 16; i += THREADS) {
         const int token = i / (X_ROW_BYTES / 16), chunk = i % (X_ROW_BYTES / 16);
         const int column = tile * TILE_COLUMNS + chunk * 8;
-        const bool valid = first_token + token < p.num_tokens && column < p.num_columns;
+        const bool valid = first_token + token < p.epilogue.num_tokens && column < p.num_columns;
         const uint16* source = valid ? p.x + int64(first_token + token) * p.num_columns + column : p.x;
         copy_16_async(stage + token * X_ROW_BYTES + (chunk ^ (token & 7)) * 16, source, valid);
     }
@@ -138,8 +109,9 @@ DEVICE void multiply(float (&sums)[ROW_FRAGMENTS][TOKEN_TILES][4], uint32 weight
             for (int step = 0; step < 2; step++) {
 #pragma unroll
                 for (int r = 0; r < ROW_FRAGMENTS; r++) {
-                    uint32 a[4];
-                    dequantize(a, words[r][half * 2 + step], scale[r], minimum[r]);
+                    uint32 q[4], a[4];
+                    unpack(q, words[r][half * 2 + step]);
+                    scale_fragment(a, q, scale[r], minimum[r]);
 #pragma unroll
                     for (int n = 0; n < TOKEN_TILES; n++)
                         mma_16816(sums[r][n], a, b[n][step * 2], b[n][step * 2 + 1]);
@@ -178,28 +150,6 @@ DEVICE bool add_slices(float (&sums)[COUNT][4], const Problem& p) {
     }
     if (threadIdx.x == 0) p.arrivals[place] = 0;
     return true;
-}
-
-DEVICE float silu(float x) { return x / (1 + __expf(-x)); }
-
-// One token's pair of rows: `row` and row + 8
-DEVICE void store(const Problem& p, int token, int row, float first, float second) {
-    if (token >= p.num_tokens) return;
-    const bool has_first = row < p.num_rows, has_second = row + 8 < p.num_rows;
-    if (p.bias && has_first) first += p.bias[row];
-    if (p.bias && has_second) second += p.bias[row + 8];
-    if (p.gated) {
-        if (has_second) p.out[int64(token) * (p.num_rows / 2) + row / 16 * 8 + row % 16] = float_to_half(silu(first) * second);
-        return;
-    }
-    const int64 at = int64(token) * p.num_rows + row;
-    if (p.residual) {
-        if (has_first) p.residual[at] += first;
-        if (has_second) p.residual[at + 8] += second;
-    } else {
-        if (has_first) p.out[at] = float_to_half(first);
-        if (has_second) p.out[at + 8] = float_to_half(second);
-    }
 }
 
 template <int TOKEN_TILES, int ROW_FRAGMENTS, int STAGES>
@@ -252,8 +202,8 @@ DEVICE void int4_linear(const Problem& p) {
     for (int r = 0; r < ROW_FRAGMENTS; r++) {
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; n++) {
-            store(p, token + n * 8, row + r * 16, sums[r][n][0], sums[r][n][2]);
-            store(p, token + n * 8 + 1, row + r * 16, sums[r][n][1], sums[r][n][3]);
+            store(p.epilogue, token + n * 8, row + r * 16, sums[r][n][0], sums[r][n][2]);
+            store(p.epilogue, token + n * 8 + 1, row + r * 16, sums[r][n][1], sums[r][n][3]);
         }
     }
 }
@@ -263,8 +213,9 @@ DEVICE void int4_linear(const Problem& p) {
         const uint16* x, const uint8* __restrict__ packed, const float* __restrict__ bias, uint16* out,    \
         float* residual, float4* partials, uint32* arrivals, int num_tokens, int num_rows, int num_columns,             \
         int tiles_per_slice, int gated) {                                                                               \
-        int4_linear<TOKENS / 8, ROW_FRAGMENTS, STAGES>({x, packed, bias, out, residual, partials, arrivals, num_tokens, \
-                                                        num_rows, num_columns, tiles_per_slice, gated != 0});           \
+        const Epilogue epilogue = {bias, out, residual, num_tokens, num_rows, gated != 0};                              \
+        int4_linear<TOKENS / 8, ROW_FRAGMENTS, STAGES>(                                                                 \
+            {x, packed, epilogue, partials, arrivals, num_columns, tiles_per_slice});                                   \
     }
 
 // stages: as many as keep two blocks of the widest kernels, and more of the narrow ones, on a multiprocessor

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
-import cupy
 import numpy as np
 
 from nibble.kernels.cuda import gemm
+from nibble.kernels.cuda.arrivals import take_arrivals
 from nibble.kernels.cuda.compile import Defines
 from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.int4_dequantize import int4_dequantize
+from nibble.kernels.cuda.int4_wgmma import ARCHITECTURE, int4_wgmma
 from nibble.kernels.interface import Array, Int4Weight, Mode
 from nibble.kernels.layout import FRAGMENT, GROUP_SIZES, TILE_COLUMNS, TILE_ROWS, int4_num_bytes
 
@@ -52,28 +52,6 @@ class _Shape:
 _SHAPES = (_Shape(8, 1, 6), _Shape(16, 1, 5), _Shape(32, 2, 4), _Shape(64, 2, 3))  # as at the end of int4_linear.cu
 
 
-class _Arrivals:
-    """Counters that are zero whenever no kernel runs.
-
-    Each launch takes the next ones in a ring, so that launches on two streams do not meet.
-    """
-
-    SIZE = 1 << 16
-
-    def __init__(self) -> None:
-        self._counters = cupy.zeros(self.SIZE, np.uint32)
-        self._next = 0
-
-    def take(self, count: int) -> cupy.ndarray:
-        assert count <= self.SIZE, f"{count} thread blocks share row blocks, the limit is {self.SIZE}"
-        start = self._next if self._next + count <= self.SIZE else 0
-        self._next = start + count
-        return self._counters[start : start + count]
-
-
-_arrivals: WeakKeyDictionary[Device, _Arrivals] = WeakKeyDictionary()
-
-
 def int4_linear(
     device: Device,
     x: Array,
@@ -90,7 +68,9 @@ def int4_linear(
     out = residual
     if out is None:
         out = device.empty((num_tokens, weight.out_features // (2 if gated else 1)), np.float16)
-    if num_tokens:
+    if num_tokens and device.architecture == ARCHITECTURE:
+        int4_wgmma(device, x, weight, bias, out, gated)
+    elif num_tokens:
         _launch(device, x, weight, bias, out, gated)
     return out
 
@@ -130,9 +110,7 @@ def _launch(device: Device, x: Array, weight: Int4Weight, bias: Array | None, ou
         partials, arrivals = None, None
         if num_slices > 1:
             partials = device.empty((num_slices * row_blocks * chunks * shape.sums_per_block(),), np.float32)
-            if device not in _arrivals:
-                _arrivals[device] = _Arrivals()
-            arrivals = _arrivals[device].take(row_blocks * chunks)
+            arrivals = take_arrivals(device, row_blocks * chunks)
         device.kernel("int4_linear", shape.name, (("GROUP_SIZE", weight.group_size),)).launch(
             (chunks, row_blocks, num_slices),
             THREADS,
