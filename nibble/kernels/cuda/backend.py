@@ -6,7 +6,6 @@ CuPy's own kernels, which would be compiled at their first use. What each op com
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,7 +16,24 @@ import cupyx
 import numpy as np
 import numpy.typing as npt
 
-from nibble.kernels.cuda import capture, upload, variants
+from nibble.kernels.cuda import (
+    add_to_logits,
+    append_kv,
+    attention,
+    capture,
+    embedding,
+    gather_rows,
+    int4_linear,
+    int8_linear,
+    read_bandwidth,
+    rms_norm,
+    rope,
+    sample,
+    silu_and_mul,
+    token_ids,
+    upload,
+    variants,
+)
 from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.errors import OutOfMemoryError
 from nibble.kernels.cuda.host_copy import HostCopies
@@ -35,10 +51,6 @@ from nibble.kernels.layout import KVLayout
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 MIN_WORKSPACE_BYTES = 2 << 20  # the granularity of device memory
-
-
-def _op(stem: str) -> Any:
-    return importlib.import_module(f"nibble.kernels.cuda.{stem}")
 
 
 class CUDAKernels:
@@ -125,20 +137,19 @@ class CUDAKernels:
         self._uploader.close()
 
     def read_bandwidth(self) -> float:
-        bandwidth: float = _op("read_bandwidth").read_bandwidth(self.device)
-        return bandwidth
+        return read_bandwidth.read_bandwidth(self.device)
 
     def gather_ids(self, ids: Array, latest: Array) -> Array:
-        return _op("token_ids").gather_ids(self.device, ids, latest)
+        return token_ids.gather_ids(self.device, ids, latest)
 
     def scatter_ids(self, ids: Array, indices: Array, latest: Array) -> None:
-        _op("token_ids").scatter_ids(self.device, ids, indices, latest)
+        token_ids.scatter_ids(self.device, ids, indices, latest)
 
     def embedding(self, ids: Array, weight: Int8Weight) -> Array:
-        return _op("embedding").embedding(self.device, ids, weight)
+        return embedding.embedding(self.device, ids, weight)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        return _op("rms_norm").rms_norm(self.device, x, weight, eps)
+        return rms_norm.rms_norm(self.device, x, weight, eps)
 
     def int4_linear(
         self,
@@ -150,7 +161,7 @@ class CUDAKernels:
         mode: Mode,
         gated: bool = False,
     ) -> Array:
-        return _op("int4_linear").int4_linear(self.device, x, weight, bias, residual, mode, gated)
+        return int4_linear.int4_linear(self.device, x, weight, bias, residual, mode, gated)
 
     def int8_linear(
         self,
@@ -162,42 +173,42 @@ class CUDAKernels:
         mode: Mode,
         gated: bool = False,
     ) -> Array:
-        return _op("int8_linear").int8_linear(self.device, x, weight, bias, residual, mode, gated)
+        return int8_linear.int8_linear(self.device, x, weight, bias, residual, mode, gated)
 
     def logits(self, x: Array, weight: Int8Weight) -> Array:
-        return _op("int8_linear").logits(self.device, x, weight)
+        return int8_linear.logits(self.device, x, weight)
 
     def rope_table(self, inverse_frequencies: list[float], num_positions: int, attention_factor: float) -> Array:
-        return _op("rope").rope_table(self.device, inverse_frequencies, num_positions, attention_factor)
+        return rope.rope_table(self.device, inverse_frequencies, num_positions, attention_factor)
 
     def rope(self, qkv: Array, positions: Array, table: Array, layout: KVLayout) -> None:
-        _op("rope").rope(self.device, qkv, positions, table, layout)
+        rope.rope(self.device, qkv, positions, table, layout)
 
     def append_kv(self, qkv: Array, slots: Array, kv_cache: Array, layout: KVLayout) -> None:
-        _op("append_kv").append_kv(self.device, qkv, slots, kv_cache, layout)
+        append_kv.append_kv(self.device, qkv, slots, kv_cache, layout)
 
     def paged_attention(
         self, qkv: Array, kv_cache: Array, batch: AttentionBatch, layout: KVLayout, *, mode: Mode
     ) -> Array:
-        return _op("attention").paged_attention(self.device, qkv, kv_cache, batch, layout, mode)
+        return attention.paged_attention(self.device, qkv, kv_cache, batch, layout, mode)
 
     def plan_attention(self, batch: AttentionBatch, layout: KVLayout, num_tokens: int, *, mode: Mode) -> Array | None:
-        return _op("attention").plan_attention(self.device, batch, layout, num_tokens, mode)
+        return attention.plan_attention(self.device, batch, layout, num_tokens, mode)
 
     def attention(self, qkv: Array, kv_cache: Array, step: AttentionStep, layout: KVLayout, *, mode: Mode) -> Array:
-        return _op("attention").attention(self.device, qkv, kv_cache, step, layout, mode)
+        return attention.attention(self.device, qkv, kv_cache, step, layout, mode)
 
     def silu_and_mul(self, gate_up: Array) -> Array:
-        return _op("silu_and_mul").silu_and_mul(self.device, gate_up)
+        return silu_and_mul.silu_and_mul(self.device, gate_up)
 
     def gather_rows(self, x: Array, rows: Array) -> Array:
-        return _op("gather_rows").gather_rows(self.device, x, rows)
+        return gather_rows.gather_rows(self.device, x, rows)
 
     def add_to_logits(self, logits: Array, rows: Array, ids: Array, values: Array) -> None:
-        _op("add_to_logits").add_to_logits(self.device, logits, rows, ids, values)
+        add_to_logits.add_to_logits(self.device, logits, rows, ids, values)
 
     def sample(self, logits: Array, batch: SamplingBatch) -> Array:
-        return _op("sample").sample(self.device, logits, batch)
+        return sample.sample(self.device, logits, batch)
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> cupy.ndarray:
