@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "nibble").rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
 
-HEAVY = ("torch", "numba", "cupy", "transformers")
+HEAVY = ("torch", "numba", "cupy", "cupyx", "cuda", "transformers")
 
 
 @cache
@@ -102,6 +102,8 @@ def test_processes_do_not_import_each_other() -> None:
         ("torch", ("nibble.kernels.cpu", "nibble.engine.quantize", "nibble.engine.evaluate")),
         ("transformers", ("nibble.engine.quantize", "nibble.engine.evaluate")),
         ("cupy", ("nibble.kernels.cuda",)),
+        ("cupyx", ("nibble.kernels.cuda",)),
+        ("cuda", ("nibble.kernels.cuda",)),
         ("numba", ("nibble.kernels.cpu",)),
         ("fastapi", ("nibble.service.gateway",)),
         ("starlette", ("nibble.service.gateway",)),

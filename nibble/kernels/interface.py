@@ -173,7 +173,7 @@ class Kernels(Protocol):
         """Compile or load every kernel, so that no request pays for it."""
 
     def read_bandwidth(self) -> float:
-        """Bytes per second that the device reads from memory, measured now: the roof of decode."""
+        """Bytes per second that the device reads from memory, measured: the roof of decode."""
 
     def gather_ids(self, ids: Array, latest: Array) -> Array:
         """Token ids of which some are known to the device alone: ids[t], or latest[-1 - ids[t]] where ids[t] < 0.

@@ -67,6 +67,7 @@ class CUDAKernels:
         self.device = Device(index, workspace_bytes, kernel_cache)
         self._copies = HostCopies()
         self._uploader = upload.Uploader()
+        self._read_bandwidth: float | None = None
 
     @property
     def device_name(self) -> str:
@@ -135,9 +136,12 @@ class CUDAKernels:
         for _, stem, defines, _ in variants.compile_all((self.device.architecture,), self.device.kernel_cache):
             self.device.load(stem, defines)
         self._uploader.close()
+        self.read_bandwidth()  # later, the KV cache may have all memory
 
     def read_bandwidth(self) -> float:
-        return read_bandwidth.read_bandwidth(self.device)
+        if self._read_bandwidth is None:
+            self._read_bandwidth = read_bandwidth.read_bandwidth(self.device)
+        return self._read_bandwidth
 
     def gather_ids(self, ids: Array, latest: Array) -> Array:
         return token_ids.gather_ids(self.device, ids, latest)

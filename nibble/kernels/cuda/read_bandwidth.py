@@ -21,8 +21,7 @@ REPEATS = 5
 def read_bandwidth(device: Device) -> float:
     """Bytes per second, the best of a few runs.
 
-    Reads the free part of the workspace, so that it can be asked at any time between steps; memory of its own only
-    where the workspace is small.
+    Reads the free part of the workspace, and memory of its own only where that is small.
     """
     num_bytes = min(device.arena.free_bytes, MAX_BYTES) // RUN_BYTES * RUN_BYTES
     with device.arena.scope():
