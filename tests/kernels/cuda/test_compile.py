@@ -158,9 +158,16 @@ def test_message_names_file_line_and_constants(sources: Path, compile_fill: Call
         compile_fill()
 
 
-def test_file_without_a_kernel_is_refused(sources: Path, compile_fill: Callable[..., Cubin]) -> None:
-    (sources / "fill.cu").write_text("int f() { return 0; }\n")
-    with pytest.raises(CompileError, match="no kernel"):
+def test_file_may_have_kernels_for_newer_devices_alone(sources: Path, compile_fill: Callable[..., Cubin]) -> None:
+    (sources / "fill.cu").write_text("#if __CUDA_ARCH__ >= 890\n" + SOURCE + "\n#endif\n")
+    assert not compile_fill().resources
+    assert set(compile_fill(architecture="sm_89").resources) == {"fill"}
+
+
+def test_missing_report_is_an_error(compile_fill: Callable[..., Cubin], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are found by it, and what spills must not go unnoticed."""
+    monkeypatch.setattr(compile, "_OPTIONS", ("-default-device",))
+    with pytest.raises(CompileError, match="report of ptxas"):
         compile_fill()
 
 
