@@ -5,88 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
+from model_logits import TEXT, Logits, all_logits, generate, kl_divergence, transformers_logits
 from tiny_models import make_tiny_llama
 
-from nibble.engine.block_manager import num_blocks_for
-from nibble.engine.checkpoint.native import load_checkpoint
 from nibble.engine.limits import EngineLimits
 from nibble.engine.llm_engine import LLMEngine
-from nibble.engine.model import DecoderModel, ForwardBatch
 from nibble.engine.protocol import GenerationRequest, SamplingParams
 from nibble.kernels.cpu.backend import CPUKernels
-from nibble.kernels.interface import AttentionBatch, Mode
-from nibble.kernels.layout import BLOCK_SIZE, KVDtype, KVLayout
-
-Logits = npt.NDArray[np.float32]
-
-TEXT = (
-    "The lighthouse keeper wrote in his journal every evening. On the third of March 1921 he noted that the wind came "
-    "from the north-west, that 17 ships had passed, and that the lamp needed 2.5 litres of oil. He did not write about "
-    "his daughter, who had left for the city in spring. def main():\n    for i in range(10):\n        print(i * i)\n"
-    "When the fog lifted the sea lay grey and quiet; gulls sat on the rocks. «Morgen», sagte er, "
-    "«kommt das Boot.» 東京は今日も雨です。 He filled the lamp, trimmed the wick, climbed the 112 steps and waited. "
-    "In the morning the boat brought bread, newspapers, a letter with a blue stamp, and the news that the school would "
-    "open again after the summer. The keeper read the letter twice, put it into the drawer, and went up to the lamp."
-)
+from nibble.kernels.interface import Mode
+from nibble.kernels.layout import KVDtype
 
 
 @pytest.fixture(scope="module")
 def kernels() -> CPUKernels:
     return CPUKernels()
-
-
-def all_logits(
-    directory: Path, kernels: CPUKernels, ids: list[int], kv_dtype: KVDtype, mode: Mode, chunks: list[int]
-) -> Logits:
-    """Logits of every position, computed in chunks over a KV cache whose blocks are in a shuffled order."""
-    checkpoint = load_checkpoint(directory)
-    config = checkpoint.config
-    layout = KVLayout(config.num_kv_heads, config.head_dim, kv_dtype)
-    model = DecoderModel(config, kernels, checkpoint, layout)
-    num_blocks = num_blocks_for(len(ids)) + 2
-    table = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
-    kv_cache = kernels.zeros((config.num_layers, num_blocks, config.num_kv_heads, layout.head_block_bytes), np.uint8)
-    logits, start = [], 0
-    for size in chunks:
-        positions = np.arange(start, min(start + size, len(ids)), dtype=np.int32)
-        batch = ForwardBatch(
-            ids=np.array(ids, np.int32)[positions],
-            positions=positions,
-            slots=table[positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE,
-            attention=AttentionBatch(
-                query_starts=np.array([0, len(positions)], np.int32),
-                context_lens=np.array([start + len(positions)], np.int32),
-                block_tables=table[None],
-            ),
-            mode=mode,
-        )
-        rows = np.arange(len(positions), dtype=np.int32)
-        logits.append(kernels.to_host(model.logits(model.forward(batch, kv_cache), rows)).copy())
-        start += len(positions)
-    assert start == len(ids)
-    return np.concatenate(logits)
-
-
-def transformers_logits(model: torch.nn.Module, ids: list[int]) -> Logits:
-    with torch.inference_mode():
-        logits: Logits = model(torch.tensor([ids])).logits[0].float().numpy()
-    return logits
-
-
-def kl_divergence(reference: Logits, logits: Logits) -> npt.NDArray[np.float64]:
-    """KL(softmax(reference) || softmax(logits)) per position, in nats."""
-
-    def log_softmax(x: Logits) -> npt.NDArray[np.float64]:
-        x64 = x.astype(np.float64)
-        x64 -= x64.max(-1, keepdims=True)
-        return x64 - np.log(np.exp(x64).sum(-1, keepdims=True))
-
-    p, q = log_softmax(reference), log_softmax(logits)
-    divergence: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
-    return divergence
 
 
 @pytest.mark.parametrize("mode", [Mode.DECODE, Mode.PREFILL])
@@ -149,17 +83,6 @@ def test_demo_model_gives_the_logits_of_transformers(
     logits = all_logits(demo_checkpoint, kernels, ids, kv_dtype, mode, [100, 1, 7, len(ids)])
     assert np.abs(logits - expected).max() < max_error
     assert kl_divergence(expected, logits).mean() < mean_kl
-
-
-def generate(engine: LLMEngine, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    outputs: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-    for i, prompt in enumerate(prompts):
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        engine.add(GenerationRequest(request_id=str(i), prompt_token_ids=prompt, sampling=sampling, arrival_s=float(i)))
-    while engine.has_unfinished:
-        for event in engine.step():
-            outputs[event.request_id] += event.token_ids
-    return list(outputs.values())
 
 
 def make_engine(directory: Path, kernels: CPUKernels, kv_dtype: KVDtype = KVDtype.INT8, **limits: int) -> LLMEngine:

@@ -1,0 +1,217 @@
+"""The engine on a GPU: logits against `transformers`, tokens against the CPU engine; batches change nothing."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from model_logits import TEXT, Logits, all_logits, generate, kl_divergence, transformers_logits
+from tiny_models import load_as_transformers, make_tiny_llama
+from transformers import LlamaForCausalLM
+
+from nibble.engine.limits import EngineLimits
+from nibble.engine.llm_engine import LLMEngine
+from nibble.engine.protocol import GenerationRequest, SamplingParams
+from nibble.kernels.interface import Mode
+from nibble.kernels.layout import KVDtype
+
+if TYPE_CHECKING:
+    from nibble.kernels.cuda.backend import CUDAKernels
+
+logger = logging.getLogger(__name__)
+pytestmark = pytest.mark.gpu
+
+NEAR_TIE = 0.6  # logits; the INT8 cache alone moves the demo model's by as much, see test_model.py
+LIMITS = EngineLimits(kv_cache_bytes=None, max_num_sequences=64, max_num_batched_tokens=2048, memory_utilization=0.5)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> CUDAKernels:
+    pytest.importorskip("cupy")
+    from nibble.kernels.cuda.backend import CUDAKernels
+    from nibble.kernels.cuda.errors import CUDABackendError
+
+    try:
+        return CUDAKernels()
+    except CUDABackendError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def engine(demo_checkpoint: Path, kernels: CUDAKernels) -> LLMEngine:
+    return LLMEngine.from_checkpoint(demo_checkpoint, kernels, LIMITS)
+
+
+@pytest.fixture(scope="module")
+def reference(demo_checkpoint: Path) -> LlamaForCausalLM:
+    """The same dequantised weights in float32."""
+    return load_as_transformers(demo_checkpoint).cuda()
+
+
+@pytest.fixture(scope="module")
+def ids(demo_checkpoint: Path) -> list[int]:
+    from tokenizers import Tokenizer
+
+    token_ids: list[int] = Tokenizer.from_file(str(demo_checkpoint / "tokenizer.json")).encode(TEXT).ids
+    return token_ids
+
+
+@pytest.fixture(scope="module")
+def half_precision_error(reference: LlamaForCausalLM, ids: list[int]) -> tuple[Logits, float, float]:
+    """The reference's logits, and how far transformers' own fp16 is from them: largest error and mean divergence."""
+    expected = transformers_logits(reference, ids)
+    half = transformers_logits(copy.deepcopy(reference).half(), ids)
+    return expected, float(np.abs(half - expected).max()), float(kl_divergence(expected, half).mean())
+
+
+@pytest.mark.parametrize("mode", [Mode.DECODE, Mode.PREFILL])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "tied", "group_size"),
+    [(9, 3, 64, True, 32), (4, 4, 64, False, 64), (8, 1, 128, True, 128)],
+)
+def test_tiny_llama_gives_the_logits_of_transformers(
+    tmp_path: Path, kernels: CUDAKernels, num_heads: int, num_kv_heads: int, head_dim: int, tied: bool,
+    group_size: int, mode: Mode,
+) -> None:  # fmt: skip
+    reference = make_tiny_llama(
+        tmp_path,
+        hidden_size=128 if group_size == 128 else 192,
+        num_layers=2,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=256,
+        vocab_size=500,
+        tied=tied,
+        group_size=group_size,
+        seed=num_heads,
+    )
+    ids = np.random.default_rng(1).integers(0, 500, 150).tolist()
+    expected = transformers_logits(reference, ids)
+    logits = all_logits(tmp_path, kernels, ids, KVDtype.FP16, mode, [70, 1, 1, 78])
+    # Activations are rounded to fp16 (2^-11 relative) before each product; random weights amplify that.
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("mode", [Mode.DECODE, Mode.PREFILL])
+@pytest.mark.parametrize(("kv_dtype", "max_error", "mean_kl"), [(KVDtype.FP16, 0.0, 0.0), (KVDtype.INT8, 1.0, 2e-3)])
+def test_demo_model_gives_the_logits_of_transformers(
+    demo_checkpoint: Path, kernels: CUDAKernels, ids: list[int], half_precision_error: tuple[Logits, float, float],
+    kv_dtype: KVDtype, mode: Mode, max_error: float, mean_kl: float,
+) -> None:  # fmt: skip
+    """With an fp16 cache at most three times as far from fp32 as transformers in fp16; an INT8 cache adds its own."""
+    expected, half_error, half_kl = half_precision_error
+    logits = all_logits(demo_checkpoint, kernels, ids, kv_dtype, mode, [100, 1, 7, len(ids)])
+    error, divergence = np.abs(logits - expected).max(), kl_divergence(expected, logits).mean()
+    logger.info(
+        "%s %s: error %.4f (fp16 %.4f), KL %.2e (fp16 %.2e)", kv_dtype, mode, error, half_error, divergence, half_kl
+    )
+    assert error < 3 * half_error + max_error
+    assert divergence < 3 * half_kl + mean_kl
+
+
+def test_greedy_tokens_are_those_of_the_cpu_but_for_near_ties(
+    demo_checkpoint: Path, engine: LLMEngine, ids: list[int], reference: LlamaForCausalLM
+) -> None:
+    """16 prompts, 256 tokens each. Where the two part, their choices lie within NEAR_TIE of each other."""
+    prompts = [ids[i : i + 5 + 9 * i] for i in range(16)]
+    expected = cpu_tokens(demo_checkpoint, prompts)
+    tokens = generate(engine, prompts, 256)
+    gaps = divergence_gaps(reference, prompts, expected, tokens)
+    logger.info("%d of %d part; prompt:token: gap %s", len(gaps), len(prompts), gaps)
+    assert all(gap < NEAR_TIE for gap in gaps.values())
+    assert len(gaps) < len(prompts)
+
+
+def cpu_tokens(directory: Path, prompts: list[list[int]]) -> list[list[int]]:
+    from nibble.kernels.cpu.backend import CPUKernels
+
+    return generate(LLMEngine.from_checkpoint(directory, CPUKernels(), EngineLimits(512 << 20)), prompts, 256)
+
+
+def divergence_gaps(
+    reference: LlamaForCausalLM, prompts: list[list[int]], ours: list[list[int]], theirs: list[list[int]]
+) -> dict[str, float]:
+    """For each prompt whose continuations part: where, and how far apart the reference sees the two choices."""
+    gaps = {}
+    for i, (prompt, a, b) in enumerate(zip(prompts, ours, theirs, strict=True)):
+        index = next((k for k in range(min(len(a), len(b))) if a[k] != b[k]), None)
+        if index is not None:
+            logits = transformers_logits(reference, prompt + a[:index])[-1]
+            gaps[f"{i}:{index}"] = float(abs(logits[a[index]] - logits[b[index]]))
+    return gaps
+
+
+def test_tokens_do_not_depend_on_the_batch_its_order_or_its_bucket(engine: LLMEngine, ids: list[int]) -> None:
+    """64 sampled sequences: alone, then all together in two orders. Each prompt is prefilled in a step of its own."""
+    prompts = [ids[i % 40 : i % 40 + 3 + i] for i in range(64)]
+    order = np.random.default_rng(0).permutation(64).tolist()
+    alone = {i: sampled(engine, prompts, [i])[i] for i in range(0, 64, 7)}
+    together = sampled(engine, prompts, list(range(64)))
+    assert sampled(engine, prompts, order) == together
+    assert alone == {i: together[i] for i in alone}
+
+
+def sampled(
+    engine: LLMEngine, prompts: list[list[int]], order: list[int], max_tokens: int = 48
+) -> dict[int, list[int]]:
+    """max_tokens tokens of each prompt in `order`, joining one by one."""
+    outputs: dict[int, list[int]] = {i: [] for i in order}
+    waiting = list(order)
+    while engine.has_unfinished or waiting:
+        if waiting:
+            i = waiting.pop(0)
+            sampling = SamplingParams(max_tokens=max_tokens, temperature=1.0, seed=i)
+            engine.add(
+                GenerationRequest(request_id=str(i), prompt_token_ids=prompts[i], sampling=sampling, arrival_s=0.0)
+            )
+        for event in engine.step():
+            outputs[int(event.request_id)] += event.token_ids
+    return outputs
+
+
+def test_a_resumed_request_goes_on_with_the_same_tokens(engine: LLMEngine, ids: list[int]) -> None:
+    outputs: list[list[int]] = []
+    for num_before in (0, 1, 33):
+        generated = outputs[0][:num_before] if outputs else []
+        sampling = SamplingParams(max_tokens=80, temperature=0.9, seed=7)
+        engine.add(
+            GenerationRequest(request_id="a", prompt_token_ids=ids[:70], sampling=sampling, arrival_s=0.0), generated
+        )
+        while engine.has_unfinished:
+            generated = [*generated, *(token for event in engine.step() for token in event.token_ids)]
+        outputs.append(generated)
+    assert outputs[1] == outputs[0]
+    assert outputs[2] == outputs[0]
+
+
+def test_preempted_sequences_keep_their_tokens(demo_checkpoint: Path, engine: LLMEngine, ids: list[int]) -> None:
+    """A KV cache too small for all. Short prompts: long ones are prefilled by products that depend on their number."""
+    from nibble.kernels.cuda.backend import CUDAKernels
+
+    prompts, order = [ids[i : i + 5] for i in range(12)], list(range(12))
+    expected = sampled(engine, prompts, order, max_tokens=110)
+    limits = EngineLimits(12 * 64 * 30 * 3 * 136, max_num_sequences=16, max_num_batched_tokens=128)
+    scarce = LLMEngine.from_checkpoint(demo_checkpoint, CUDAKernels(), limits)
+    assert sampled(scarce, prompts, order, max_tokens=110) == expected
+    assert scarce.stats.num_preemptions > 0
+
+
+def test_no_step_allocates_device_memory(kernels: CUDAKernels, engine: LLMEngine, ids: list[int]) -> None:
+    """Prompts of many lengths, more tokens than a step holds, bans, recomputation."""
+    rng = np.random.default_rng(0)
+    free_bytes, _ = kernels.memory_info()
+    for i in range(100):
+        sampling = SamplingParams(
+            max_tokens=int(rng.integers(1, 60)), seed=i, min_tokens=i % 3, stop_token_ids=(1, 2, 3)
+        )
+        prompt = rng.integers(0, 49152, rng.integers(1, 3000)).tolist()
+        request = GenerationRequest(request_id=str(i), prompt_token_ids=prompt, sampling=sampling, arrival_s=float(i))
+        engine.add(request, rng.integers(0, 49152, rng.integers(0, 50)).tolist())
+    while engine.has_unfinished:
+        engine.step()
+    assert kernels.memory_info()[0] == free_bytes
