@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import cupy
@@ -18,13 +19,13 @@ OLDEST = (8, 0)
 class Device:
     """One GPU; the launchers (`<op>.py`) get it as their first argument.
 
-    Makes itself and its stream the current ones of the calling thread. The stream is one of its own because the
-    default stream cannot be captured; all work goes to it, so that everything happens in program order.
+    Makes itself and its stream the current ones of the calling thread. Not the default stream, which cannot be
+    captured; all work of the process goes to it, so that everything happens in program order.
     """
 
     def __init__(self, index: int, workspace_bytes: int, kernel_cache: Path | None = None) -> None:
         cupy.cuda.Device(index).use()
-        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream = _stream(index)
         self.stream.use()
         properties = cupy.cuda.runtime.getDeviceProperties(index)
         capability = (properties["major"], properties["minor"])
@@ -58,3 +59,9 @@ class Device:
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> cupy.ndarray:
         """An uninitialised array of the workspace; see `Arena.empty`."""
         return self.arena.empty(shape, dtype)
+
+
+@cache
+def _stream(index: int) -> cupy.cuda.Stream:
+    """One per GPU: a second `Device` must not leave the first with a stream that is no longer current."""
+    return cupy.cuda.Stream(non_blocking=True)

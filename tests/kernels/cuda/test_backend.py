@@ -123,6 +123,28 @@ def test_temporaries_of_a_scope_are_taken_back(kernels: CUDAKernels) -> None:
     assert address() == first
 
 
+def test_workspace_is_fitted_to_a_step(kernels: CUDAKernels) -> None:
+    from nibble.kernels.cuda.backend import CUDAKernels
+
+    other = CUDAKernels(workspace_bytes=4 << 20)
+    x = other.zeros((1, 1 << 20), np.float32)
+    rows = other.zeros((3,), np.int32)
+
+    def step() -> None:
+        with other.temporaries():
+            other.gather_rows(x, rows)
+
+    with pytest.raises(MemoryError):
+        step()
+    assert other.fit_workspace(step) == 12 << 20
+    other.capture(step)()
+    with pytest.raises(MemoryError), other.temporaries():
+        other.gather_rows(x, rows)
+        other.gather_rows(x, rows[:1])
+    # Both use one stream: what one enqueued, the other finds done.
+    np.testing.assert_array_equal(kernels.to_host(other.zeros((4,), np.int32)), np.zeros(4))
+
+
 def test_capture_repeats_a_step_on_what_its_buffers_hold_then(kernels: CUDAKernels) -> None:
     x = kernels.to_device(np.arange(32, dtype=np.float32).reshape(4, 8))
     rows = kernels.to_device(np.array([1], np.int32))

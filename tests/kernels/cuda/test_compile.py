@@ -15,6 +15,8 @@ from nibble.kernels.cuda.errors import CompileError
 from nibble.kernels.cuda.variants import all_variants, compile_all
 
 ARCHITECTURE = "sm_80"
+# (stem, kernel) -> what ptxas may spill there: outside the inner loop, as its machine code shows.
+TOLERATED_SPILL_BYTES: dict[tuple[str, str], int] = {}
 SOURCE = """
 #include "shared.cuh"
 extern "C" __global__ void fill(float* out) { out[threadIdx.x] = VALUE + OFFSET; }
@@ -59,6 +61,7 @@ def test_every_source_file_has_a_launcher_that_names_its_variants() -> None:
     assert {stem for stem, _ in all_variants()} == sources
 
 
+@pytest.mark.timeout(1200)  # a minute or two where nothing is in the cache; more on a busy machine
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_compiles_without_spilling(architecture: str) -> None:
     faults = []
@@ -66,7 +69,7 @@ def test_every_kernel_compiles_without_spilling(architecture: str) -> None:
         faults += [
             f"{stem} {dict(defines)} {name}: {resources}"
             for name, resources in cubin.resources.items()
-            if resources.spill_bytes or resources.stack_bytes
+            if max(resources.spill_bytes, resources.stack_bytes) > TOLERATED_SPILL_BYTES.get((stem, name), 0)
         ]
     assert not faults
 
