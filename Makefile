@@ -11,7 +11,7 @@ PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve chat bench install dev check format test test-gpu kernels lock clean
+.PHONY: help serve chat bench bench-gpu install dev check format test test-gpu kernels lock clean
 
 help: ## Show the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -24,6 +24,12 @@ chat: $(VENV)/serve.stamp ## Chat with the running service in the terminal
 
 bench: $(VENV)/dev.stamp ## Measure the engine beside transformers and llama.cpp on this machine
 	@exec $(BIN)/python -m loadtest.engine_speed $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+bench-gpu: $(VENV)/dev.stamp ## Measure the CUDA kernels, and the engine with random weights of an 8B model
+	$(BIN)/python -m nibble.kernels.cuda.bench_int4
+	$(BIN)/python -m nibble.kernels.cuda.bench_head
+	$(BIN)/python -m nibble.kernels.cuda.bench_attention
+	$(BIN)/python -m loadtest.gpu_engine $(ARGS)
 
 install: $(VENV)/serve.stamp ## Install what `make serve` needs, without starting it
 

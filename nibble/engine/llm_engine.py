@@ -19,7 +19,7 @@ from pathlib import Path
 from nibble.engine.batch import Batch
 from nibble.engine.block_manager import BlockManager
 from nibble.engine.checkpoint.native import Checkpoint, load_checkpoint
-from nibble.engine.errors import RequestError
+from nibble.engine.errors import CapacityError, RequestError
 from nibble.engine.limits import EngineLimits
 from nibble.engine.memory_plan import make_runner
 from nibble.engine.model import DecoderModel
@@ -80,7 +80,10 @@ class LLMEngine:
         """Bring the weights to the device and plan its memory. Raises CapacityError."""
         config = checkpoint.config
         layout = KVLayout(config.num_kv_heads, config.head_dim, limits.kv_dtype)
-        model = DecoderModel(config, kernels, checkpoint, layout)
+        try:
+            model = DecoderModel(config, kernels, checkpoint, layout)
+        except MemoryError as error:
+            raise CapacityError(f"the weights do not fit into the device's memory: {error}") from error
         return cls(make_runner(kernels, model, limits), config, limits)
 
     def add(self, request: GenerationRequest, generated_token_ids: TokenSequence[int] = ()) -> None:

@@ -68,6 +68,7 @@ class CUDAKernels:
         self._copies = HostCopies()
         self._uploader = upload.Uploader()
         self._read_bandwidth: float | None = None
+        self._is_warm = False
 
     @property
     def device_name(self) -> str:
@@ -133,6 +134,9 @@ class CUDAKernels:
         return capture.capture(self.device, step)
 
     def warm_up(self) -> None:
+        if self._is_warm:
+            return
+        self._is_warm = True
         for _, stem, defines, _ in variants.compile_all((self.device.architecture,), self.device.kernel_cache):
             self.device.load(stem, defines)
         self._uploader.close()

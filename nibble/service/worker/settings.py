@@ -19,8 +19,9 @@ def _default_worker_id() -> str:
 class WorkerSettings(ProcessSettings):
     """Read once from NIBBLE_ variables in `__main__`.
 
-    kv_cache_bytes takes units (`2GiB`); without it a share of the free memory is used. metrics_port 0 turns the
-    metrics endpoint off.
+    kv_cache_bytes takes units (`2GiB`); without it the KV cache gets a share of the free memory, on a GPU all that is
+    left of gpu_memory_utilization, the share of its memory that may be in use. What max_num_sequences and
+    max_num_batched_tokens are by default depends on the device. metrics_port 0 turns the metrics endpoint off.
     """
 
     model_dir: Path
@@ -28,9 +29,11 @@ class WorkerSettings(ProcessSettings):
     worker_id: str = Field(default_factory=_default_worker_id)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: Annotated[int, Field(ge=1)] | None = None
-    max_num_sequences: Annotated[int, Field(ge=1)] = 64
-    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 512
+    max_num_sequences: Annotated[int, Field(ge=1)] | None = None
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
     kv_cache_bytes: ByteSize | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    kernel_cache_dir: Path | None = None
     kv_dtype: Literal["int8", "fp16"] = "int8"
     lease_s: Annotated[float, Field(gt=0)] = 10.0
     metrics_host: str = "127.0.0.1"

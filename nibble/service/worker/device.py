@@ -1,0 +1,92 @@
+"""Which backend a worker computes on, and what it may use there. Each is imported only where it is used."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import logging
+from pathlib import Path
+
+from nibble.engine.limits import EngineLimits
+from nibble.kernels.interface import Kernels
+from nibble.kernels.layout import KVDtype
+from nibble.service.settings import SettingsError
+from nibble.service.worker.settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+LEAST_CAPABILITY = (8, 0)
+CPU_DEFAULTS = (64, 512)  # sequences, tokens of a step
+CUDA_DEFAULTS = (256, 8192)
+KV_CACHE_SHARE = 0.25  # of the machine's free memory, where kv_cache_bytes is not set on a CPU
+KV_CACHE_MAX_BYTES = 2 << 30  # ... and at most this: more blocks than the sequences can fill are of no use
+
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+
+
+def uses_cuda(settings: WorkerSettings) -> bool:
+    """Whether to compute on the GPU. Raises SettingsError where it is asked for and cannot be used."""
+    if settings.device == "cpu":
+        return False
+    problem = gpu_problem()
+    if problem is None:
+        return True
+    if settings.device == "cuda":
+        raise SettingsError(f"NIBBLE_DEVICE: {problem} (got 'cuda')")
+    logger.info("event=no_gpu reason=%r", problem)
+    return False
+
+
+def gpu_problem() -> str | None:
+    """Why no GPU can be used, or None. Asks the driver alone: CuPy takes a while to import."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver"
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
+        return "the NVIDIA driver sees no GPU"
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, 0)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, 0)
+    if (major.value, minor.value) < LEAST_CAPABILITY:
+        return f"the GPU has compute capability {major.value}.{minor.value}, the least is 8.0"
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed (pip install nibble[worker-cuda])"
+    return None
+
+
+def make_kernels(settings: WorkerSettings, is_cuda: bool) -> Kernels:
+    """The backend. Raises SettingsError where the GPU refuses."""
+    if not is_cuda:
+        from nibble.kernels.cpu.backend import CPUKernels  # Numba: seconds, and not wanted on a GPU worker
+
+        return CPUKernels(settings.num_threads)
+    from nibble.kernels.cuda.backend import CUDAKernels  # CuPy: not there on a CPU worker
+    from nibble.kernels.cuda.errors import CUDABackendError
+
+    try:
+        return CUDAKernels(kernel_cache=settings.kernel_cache_dir)
+    except CUDABackendError as error:
+        raise SettingsError(f"NIBBLE_DEVICE: {error} (got {settings.device!r})") from error
+
+
+def engine_limits(settings: WorkerSettings, is_cuda: bool) -> EngineLimits:
+    """What the settings allow, with the device's defaults for what they leave open."""
+    num_sequences, num_tokens = CUDA_DEFAULTS if is_cuda else CPU_DEFAULTS
+    max_num_sequences = settings.max_num_sequences or num_sequences
+    kv_cache_bytes: int | None = settings.kv_cache_bytes
+    if kv_cache_bytes is None and not is_cuda:
+        kv_cache_bytes = min(KV_CACHE_MAX_BYTES, int(_free_memory_bytes() * KV_CACHE_SHARE))
+    return EngineLimits(
+        kv_cache_bytes=kv_cache_bytes,
+        max_num_sequences=max_num_sequences,
+        max_num_batched_tokens=max(settings.max_num_batched_tokens or num_tokens, max_num_sequences),
+        kv_dtype=KVDtype(settings.kv_dtype),
+        memory_utilization=settings.gpu_memory_utilization,
+    )
+
+
+def _free_memory_bytes() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
