@@ -214,4 +214,4 @@ def test_no_step_allocates_device_memory(kernels: CUDAKernels, engine: LLMEngine
         engine.add(request, rng.integers(0, 49152, rng.integers(0, 50)).tolist())
     while engine.has_unfinished:
         engine.step()
-    assert kernels.memory_info()[0] == free_bytes
+    assert kernels.memory_info()[0] >= free_bytes  # another test's may be freed meanwhile
