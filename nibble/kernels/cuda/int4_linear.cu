@@ -199,13 +199,7 @@ DEVICE void int4_linear(const Problem& p) {
     if (!add_slices(flat, p)) return;
     const int row = row_tile * TILE_ROWS + warp_row + lane / 4, token = first_token + lane % 4 * 2;
 #pragma unroll
-    for (int r = 0; r < ROW_FRAGMENTS; r++) {
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; n++) {
-            store(p.epilogue, token + n * 8, row + r * 16, sums[r][n][0], sums[r][n][2]);
-            store(p.epilogue, token + n * 8 + 1, row + r * 16, sums[r][n][1], sums[r][n][3]);
-        }
-    }
+    for (int r = 0; r < ROW_FRAGMENTS; r++) store(p.epilogue, token, row + r * 16, sums[r]);
 }
 
 #define INT4_LINEAR(TOKENS, ROW_FRAGMENTS, STAGES)                                                                      \

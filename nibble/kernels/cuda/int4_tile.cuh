@@ -50,23 +50,59 @@ struct Epilogue {
 
 DEVICE float silu(float x) { return x / (1 + __expf(-x)); }
 
-// The sums of rows `row` and row + 8, which a lane of an mma holds; with `gated` they are gate and up of one neuron
-DEVICE void store(const Epilogue& e, int token, int row, float first, float second) {
-    if (token >= e.num_tokens) return;
-    const bool has_first = row < e.num_rows, has_second = row + 8 < e.num_rows;
-    if (e.bias && has_first) first += e.bias[row];
-    if (e.bias && has_second) second += e.bias[row + 8];
-    if (e.gated) {
-        const int64 at = int64(token) * (e.num_rows / 2) + row / 16 * 8 + row % 16;
-        if (has_second) e.out[at] = float_to_half(silu(first) * second);
-        return;
+// A lane's part of an mma's sums, 16 rows x 8 * COUNT tokens from first_token and row on: sums[j] are, for its tokens
+// first_token + 8 j + {0, 1}, those of `row` and then of row + 8, which with `gated` are gate and up of one neuron.
+template <int COUNT>
+DEVICE void store(const Epilogue& e, int first_token, int row, float (&sums)[COUNT][4]) {
+    const bool has_row[2] = {row < e.num_rows, row + 8 < e.num_rows};
+    const int num_tokens = e.num_tokens - first_token;
+    if (e.bias) {
+        const float bias[2] = {has_row[0] ? e.bias[row] : 0, has_row[1] ? e.bias[row + 8] : 0};
+#pragma unroll
+        for (int j = 0; j < COUNT; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[j][i] += bias[i / 2];
+        }
     }
-    const int64 at = int64(token) * e.num_rows + row;
     if (e.residual) {
-        if (has_first) e.residual[at] += first;
-        if (has_second) e.residual[at + 8] += second;
+        float* at = e.residual + int64(first_token) * e.num_rows + row;
+        constexpr int BATCH = COUNT < 2 ? COUNT : 2;
+#pragma unroll
+        for (int start = 0; start < COUNT; start += BATCH, at += BATCH * 8 * e.num_rows) {
+            float before[BATCH][4];  // a batch's loads before its first store, which each would otherwise wait for
+            const auto exists = [&](int j, int i) { return (start + j) * 8 + i % 2 < num_tokens && has_row[i / 2]; };
+            const auto offset = [&](int j, int i) { return (j * 8 + i % 2) * e.num_rows + i / 2 * 8; };
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (exists(j, i)) before[j][i] = at[offset(j, i)];
+            }
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (exists(j, i)) at[offset(j, i)] = before[j][i] + sums[start + j][i];
+            }
+        }
+    } else if (e.gated) {
+        const int stride = e.num_rows / 2;
+        uint16* at = e.out + int64(first_token) * stride + row / 16 * 8 + row % 16;
+#pragma unroll
+        for (int j = 0; j < COUNT; j++, at += 8 * stride) {
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                if (j * 8 + i < num_tokens && has_row[1])
+                    at[i * stride] = float_to_half(silu(sums[j][i]) * sums[j][2 + i]);
+        }
     } else {
-        if (has_first) e.out[at] = float_to_half(first);
-        if (has_second) e.out[at + 8] = float_to_half(second);
+        uint16* at = e.out + int64(first_token) * e.num_rows + row;
+#pragma unroll
+        for (int j = 0; j < COUNT; j++, at += 8 * e.num_rows) {
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (j * 8 + i % 2 < num_tokens && has_row[i / 2])
+                    at[i % 2 * e.num_rows + i / 2 * 8] = float_to_half(sums[j][i]);
+        }
     }
 }

@@ -177,6 +177,12 @@ struct Kernel {
 #pragma unroll
             for (int step = 0; step < STEPS; step++) unpack(q[step], words[step]);
         }
+
+        MEMBER void scale_all(uint32 (&a)[STEPS][4]) const {
+#pragma unroll
+            for (int step = 0; step < STEPS; step++)
+                scale_fragment(a[step], q[step], scale[step * 16 / GROUP_SIZE], minimum[step * 16 / GROUP_SIZE]);
+        }
     };
 
     MEMBER void work() const {
@@ -187,7 +193,7 @@ struct Kernel {
         uint32 to_release = 0;  // barrier of the panel that is being multiplied
         int tile = first_unit % num_tiles, i = 0;
         Panel panel;
-        // The next unit's first panel
+        // The next unit's panel h
         const auto load = [&](int h) {
             const int columns = width(tile);
             const uint32 start = my_weights + place.slot * WEIGHT_BYTES;
@@ -199,9 +205,10 @@ struct Kernel {
         grid_wait();
         while (i < num_units) {  // a row group, or what this worker has of it
             const int stop = min(num_units, i + num_tiles - tile);
-            float sums[TOKENS / 2];
+            float sums[TOKENS / 8][4];
+            float(&flat)[TOKENS / 2] = reinterpret_cast<float(&)[TOKENS / 2]>(sums);
 #pragma unroll
-            for (int j = 0; j < TOKENS / 2; j++) sums[j] = 0;
+            for (int j = 0; j < TOKENS / 2; j++) flat[j] = 0;
 #pragma unroll 1
             for (; i < stop; i++) {
 #pragma unroll
@@ -211,15 +218,12 @@ struct Kernel {
                     wait_products<0>();  // of the panel before
                     if (to_release && lane == 0) arrive(to_release);
                     to_release = x_empty + x_place.slot * 8;
-#pragma unroll
-                    for (int step = 0; step < STEPS; step++)
-                        scale_fragment(a[step], panel.q[step], panel.scale[step * 16 / GROUP_SIZE],
-                                       panel.minimum[step * 16 / GROUP_SIZE]);
+                    panel.scale_all(a);
                     pin(a);
                     const uint64 b = panel_descriptor(x + x_place.slot * X_BYTES);
                     fence_products();
 #pragma unroll
-                    for (int step = 0; step < STEPS; step++) multiply(sums, a[step], b + step * 2);
+                    for (int step = 0; step < STEPS; step++) multiply(flat, a[step], b + step * 2);
                     commit_products();
                     x_place.advance();
                     if (h + 1 < PANELS) {
@@ -233,7 +237,57 @@ struct Kernel {
                 }
             }
             wait_products<0>();
-            pin(sums);
+            pin(flat);
+            finish(sums, first_unit + stop - 1);
+        }
+    }
+
+    // The same with mma.sync, whose elements have the same bits: its warps need not wait for each other, and for few
+    // tokens that counts for more than its lower throughput.
+    MEMBER void work_by_warps() const {
+        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4, group = threadIdx.x / WARPGROUP;
+        Place<WEIGHT_STAGES> place;
+        Place<X_STAGES> x_place;
+        int tile = first_unit % num_tiles, i = 0;
+        grid_wait();
+        while (i < num_units) {
+            const int stop = min(num_units, i + num_tiles - tile);
+            float sums[TOKENS / 8][4] = {};
+#pragma unroll 1
+            for (; i < stop; i++) {
+                const int columns = width(tile);
+                const uint32 start = weights + place.slot * WEIGHT_BYTES + group * TILE_BYTES;
+                Panel panel[PANELS];
+                wait_barrier(weights_full + place.slot * 8, place.parity);
+#pragma unroll
+                for (int h = 0; h < PANELS; h++)
+                    panel[h].load(start + warp * 8 * columns + lane * 16,
+                                  start + columns * (TILE_ROWS / 2) + (warp * 16 + lane / 4) * 4, h, columns);
+#pragma unroll
+                for (int h = 0; h < PANELS; h++) {
+                    uint32 a[STEPS][4], b[TOKENS / 8][STEPS / 2][4];
+                    wait_barrier(x_full + x_place.slot * 8, x_place.parity);
+#pragma unroll
+                    for (int n = 0; n < TOKENS / 8; n++) {
+#pragma unroll
+                        for (int pair = 0; pair < STEPS / 2; pair++)  // lane l: token l % 8, 8 columns at 8 (l / 8)
+                            load_matrices(b[n][pair], x + x_place.slot * X_BYTES + (n * 8 + lane % 8) * 128 +
+                                                          ((pair * 4 + lane / 8) ^ (lane & 7)) * 16);
+                    }
+                    panel[h].scale_all(a);
+#pragma unroll
+                    for (int step = 0; step < STEPS; step++) {
+#pragma unroll
+                        for (int n = 0; n < TOKENS / 8; n++)
+                            mma_16816(sums[n], a[step], b[n][step / 2][step % 2 * 2], b[n][step / 2][step % 2 * 2 + 1]);
+                    }
+                    __syncwarp();
+                    if (lane == 0) arrive(x_empty + x_place.slot * 8);
+                    x_place.advance();
+                }
+                place.advance();
+                if (++tile == num_tiles) tile = 0;
+            }
             finish(sums, first_unit + stop - 1);
         }
     }
@@ -241,20 +295,15 @@ struct Kernel {
     // The worker of a unit
     MEMBER int owner(int unit) const { return ((unit + 1) * p.num_workers - 1) / total_units; }
 
-    // Sums of a run of units that ends with `unit` or the row group
-    MEMBER void finish(float (&sums)[TOKENS / 2], int unit) const {
+    // Sums of a run of units that ends with `unit`
+    MEMBER void finish(float (&sums)[TOKENS / 8][4], int unit) const {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4, group = threadIdx.x / WARPGROUP;
         const int row_group = unit / num_tiles, row_tile = row_group * ROW_TILES + half * GROUPS_OF_WARPS + group;
-        const int token = lane % 4 * 2, num_tokens = p.epilogue.num_tokens - chunk * TOKENS;
+        const int token = chunk * TOKENS + lane % 4 * 2;
         if (row_tile >= num_row_tiles) return;
         const int first = owner(row_group * num_tiles), last = owner((row_group + 1) * num_tiles - 1);
-        if (first != last && !add_partials(sums, row_tile, first, last, token, num_tokens)) return;
-        const int row = row_tile * TILE_ROWS + warp * 16 + lane / 4;
-#pragma unroll
-        for (int j = 0; j < TOKENS / 8; j++) {
-            store(p.epilogue, chunk * TOKENS + j * 8 + token, row, sums[4 * j], sums[4 * j + 2]);
-            store(p.epilogue, chunk * TOKENS + j * 8 + token + 1, row, sums[4 * j + 1], sums[4 * j + 3]);
-        }
+        if (first == last || add_partials(sums, row_tile, first, last, p.epilogue.num_tokens - token))
+            store(p.epilogue, token, row_tile * TILE_ROWS + warp * 16 + lane / 4, sums);
         __syncwarp();
     }
 
@@ -265,35 +314,46 @@ struct Kernel {
     }
 
     // Leaves this worker's sums for the others of the row tile, first .. last. The last to arrive gets all of them added
-    // up, and true.
-    MEMBER bool add_partials(float (&sums)[TOKENS / 2], int row_tile, int first, int last, int token, int num_tokens) const {
+    // up, and true. num_tokens: from this lane's first one on.
+    MEMBER bool add_partials(float (&sums)[TOKENS / 8][4], int row_tile, int first, int last, int num_tokens) const {
         const int group = threadIdx.x / WARPGROUP;
         float4* mine = partials(worker, worker == first);
 #pragma unroll
         for (int j = 0; j < TOKENS / 8; j++)
-            if (j * 8 + token < num_tokens)
-                mine[j * WARPGROUP] = make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]);
+            if (j * 8 < num_tokens) mine[j * WARPGROUP] = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
         fence_device();
         sync_warpgroup(1 + group);
-        uint32* arrivals = p.arrivals + chunk * num_row_tiles + row_tile;
         if (threadIdx.x % WARPGROUP == 0) {
+            uint32* arrivals = p.arrivals + chunk * num_row_tiles + row_tile;
             const bool all = atomicAdd(arrivals, 1) == last - first;
             if (all) *arrivals = 0;
             is_last[group] = all;
         }
         sync_warpgroup(1 + group);
-        const bool all = *reinterpret_cast<volatile uint32*>(is_last + group);
-        if (!all) return false;
+        if (!*reinterpret_cast<volatile uint32*>(is_last + group)) return false;
         fence_device();
+        constexpr int BATCH = TOKENS <= 16 ? 4 : 1;  // workers whose sums are loaded together
 #pragma unroll
-        for (int j = 0; j < TOKENS / 2; j++) sums[j] = 0;
-        for (int other = first; other <= last; other++) {
-            const float4* theirs = partials(other, other == first);
+        for (int j = 0; j < TOKENS / 8; j++) sums[j][0] = sums[j][1] = sums[j][2] = sums[j][3] = 0;
+#pragma unroll 1
+        for (int start = first; start <= last; start += BATCH) {
+            float4 parts[BATCH][TOKENS / 8];
 #pragma unroll
-            for (int j = 0; j < TOKENS / 8; j++) {
-                if (j * 8 + token >= num_tokens) continue;
-                const float4 part = __ldcg(theirs + j * WARPGROUP);
-                sums[4 * j] += part.x, sums[4 * j + 1] += part.y, sums[4 * j + 2] += part.z, sums[4 * j + 3] += part.w;
+            for (int i = 0; i < BATCH; i++) {
+#pragma unroll
+                for (int j = 0; j < TOKENS / 8; j++) {
+                    parts[i][j] = make_float4(0, 0, 0, 0);  // adds nothing, exactly
+                    if (start + i <= last && j * 8 < num_tokens)
+                        parts[i][j] = __ldcg(partials(start + i, start + i == first) + j * WARPGROUP);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) {
+#pragma unroll
+                for (int j = 0; j < TOKENS / 8; j++) {
+                    sums[j][0] += parts[i][j].x, sums[j][1] += parts[i][j].y;
+                    sums[j][2] += parts[i][j].z, sums[j][3] += parts[i][j].w;
+                }
             }
         }
         return true;
@@ -307,7 +367,10 @@ DEVICE void int4_wgmma(const Problem& p, const TensorMap& x_map) {
     __syncthreads();
     // The compiler must see that whole warps take a branch with warpgroup products
     if (__shfl_sync(FULL_WARP, threadIdx.x / WARPGROUP, 0) < GROUPS_OF_WARPS)
-        kernel.work();
+        if constexpr (TOKENS <= 16)
+            kernel.work_by_warps();
+        else
+            kernel.work();
     else if (threadIdx.x == CONSUMERS)
         kernel.feed();
     else
