@@ -1,4 +1,8 @@
-"""Fixtures that every test directory may use. The demo model is downloaded once per machine, into the user's cache."""
+"""Fixtures that every test directory may use.
+
+The demo model is downloaded once per machine, into the user's cache. Where nothing can be downloaded,
+TEST_DEMO_CHECKPOINT names a native directory of it; what needs the GGUF file itself cannot run there.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,11 @@ def demo_gguf(cache_dir: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_checkpoint(demo_gguf: Path, cache_dir: Path) -> Path:
+def demo_checkpoint(cache_dir: Path, request: pytest.FixtureRequest) -> Path:
     """The demo model's native directory."""
+    given = os.environ.get("TEST_DEMO_CHECKPOINT")
+    if given:
+        return Path(given)
     from nibble.engine.checkpoint.resolve import resolve_checkpoint
 
-    return resolve_checkpoint(demo_gguf, cache_dir, _silent)
+    return resolve_checkpoint(request.getfixturevalue("demo_gguf"), cache_dir, _silent)

@@ -23,6 +23,8 @@ def run_service(demo_checkpoint: Path, cache_dir: Path) -> Callable[..., object]
     def run(num_workers: int = 1, **variables: str) -> Iterator[RunningService]:
         port = free_ports(1 + num_workers)
         command = [sys.executable, "-m", "nibble.cli", "serve", "--port", str(port), "--model-name", "demo"]
+        if "TEST_DEMO_CHECKPOINT" in os.environ:
+            command += ["--model", str(demo_checkpoint)]
         environment = {
             **os.environ,
             "NIBBLE_METRICS_PORT": str(port + 1),
