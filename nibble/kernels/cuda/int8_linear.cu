@@ -16,6 +16,14 @@
 //
 // The order of additions depends on K, CHUNK and K_WARPS, which depend on the weight alone: a token's result is the same
 // whatever the other tokens are (bit for bit).
+//
+// Measured on an H100 80GB HBM3, share of its 3.02 TB/s (L2-cold, graph replay), by tokens; the last columns are TFLOP/s:
+//                                         1      8     16     32     64    128  256
+//   128256 x 4096, scale per row      90.8 %   88.6   86.4   82.7   70.4    279  293
+//   152064 x 3584, scale per row      91.9 %   89.4   87.3   81.9   69.6    287  289
+//   49152 x 576, groups of 32         61.9 %   61.1   54.4   40.4   29.1    136  144
+//   28672 x 4096, groups of 32        61.5 %   60.3   39.1   39.2   20.4     75   75
+//   4096 x 4096, groups of 32         55.6 %   54.3   37.9   37.8   19.8     74   75
 #include "common.cuh"
 
 #ifndef CHUNK

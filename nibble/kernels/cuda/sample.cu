@@ -14,6 +14,15 @@
 // - Passes over the slice: the largest logit; bins; one per cut that falls within a bin (top_k, top_p, draw). A row at
 //   temperature 0 ends after the first. What bounds the time are the exchanges between thread blocks.
 // Integer sums make the result independent of the order of additions and of the other rows.
+//
+// Measured on an H100 80GB HBM3, 128256 normal logits of standard deviation 4 that the kernel before left in L2, us:
+//   rows                     1      8     64
+//   greedy                 4.6    6.1   19.3
+//   temperature           19.1   22.9   73.8
+//   top_p                 19.5   23.2   77.4
+//   top_k, top_p, min_p   21.1   24.9   78.3
+// Cycles of one row of those 19 us: 1.3 thousand for each exchange (barrier of the cluster), 10 for filling the bins, whose
+// loop is 60 instructions per logit with two branches, 5 to read and reduce. A logit's cost shows with many rows.
 #include "sample.cuh"
 
 constexpr int WARPS = THREADS / WARP;

@@ -16,7 +16,7 @@ from nibble.kernels.cuda.variants import all_variants, compile_all
 
 ARCHITECTURE = "sm_80"
 # (stem, kernel) -> what ptxas may spill there: outside the inner loop, as its machine code shows.
-TOLERATED_SPILL_BYTES: dict[tuple[str, str], int] = {}
+TOLERATED_SPILL_BYTES: dict[tuple[str, str], int] = {("sample", "sample"): 64}
 SOURCE = """
 #include "shared.cuh"
 extern "C" __global__ void fill(float* out) { out[threadIdx.x] = VALUE + OFFSET; }
