@@ -32,6 +32,13 @@ struct SharedRows {
         if (!IS_PERMUTED) return row * STRIDE + piece * PIECE;
         return row * STRIDE + (piece ^ (PIECES >= 8 ? row & 7 : row >> 1 & 3)) * PIECE;
     }
+
+    // The address `pieces` (even) further on in a row than that of its piece 0 or 1
+    static __device__ __forceinline__ uint32 further(uint32 address, int pieces) {
+        static_assert(!IS_PERMUTED || PIECES >= 8, "by 8 pieces");
+        if (!IS_PERMUTED) return address + pieces * PIECE;
+        return (address ^ (pieces & 7) * PIECE) + (pieces & ~7) * PIECE;
+    }
 };
 
 // ---- small pieces of PTX ----------------------------------------------------------------------------------------------------
@@ -40,6 +47,42 @@ DEVICE void load_matrices_transposed(uint32 (&d)[4], uint32 shared) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
                  : "r"(shared));
+}
+
+// 4 bytes; where `valid` is false, zeros are written and nothing is read
+DEVICE void copy_4_async(uint32 shared, const void* global, bool valid) {
+    int bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+// Barriers in shared memory (mbarrier): a phase ends when as many have arrived as the barrier was made for; phases
+// alternate in parity, the first is 0. Waiting for the parity of the phase before the first one returns at once.
+DEVICE void init_barrier(uint32 barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+DEVICE void arrive(uint32 barrier) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
+}
+
+// Arrives when all copies that this thread has started so far are complete
+DEVICE void arrive_after_copies(uint32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+DEVICE void wait_barrier(uint32 barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+#define WAIT "mbarrier.try_wait.parity.shared.b64"  // sleeps for a while
+#else
+#define WAIT "mbarrier.test_wait.parity.shared.b64"
+#endif
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "again: " WAIT " done, [%0], %1;\n"
+        "@!done bra again; }" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+#undef WAIT
 }
 
 // 2^x; 0 at -inf, NaN at NaN
@@ -55,6 +98,9 @@ DEVICE uint32 and_xor(uint32 a, uint32 mask, uint32 bits) {
     asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
     return d;
 }
+
+// Keeps the compiler from computing all that follows from x ahead of a loop, in registers that it then has not
+DEVICE void forget(uint32& x) { asm volatile("" : "+r"(x)); }
 
 DEVICE float negative_infinity() { return __int_as_float(0xff800000); }
 
@@ -103,6 +149,33 @@ struct HeadRow {
             *reinterpret_cast<uint32*>(row + 2 * unit(j)) = low[j];
             *reinterpret_cast<uint32*>(row + HALF + 2 * unit(j)) = high[j];
         }
+    }
+
+    // Elements 4 i .. 4 i + 3 in the order 0, 2, 1, 3
+    __device__ __forceinline__ void store_permuted(uint16* row) const {
+#pragma unroll
+        for (int j = 0; j < LANE_UNITS; j++) {
+            if (!has(j)) continue;
+            uint16* at = row + unit(j) / 2 * 4 + unit(j) % 2;
+            at[0] = uint16(low[j]);
+            at[2] = uint16(low[j] >> 16);
+            at[HALF] = uint16(high[j]);
+            at[HALF + 2] = uint16(high[j] >> 16);
+        }
+    }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int j = 0; j < LANE_UNITS; j++) low[j] = high[j] = 0;
+    }
+
+    // Of this lane's elements
+    __device__ __forceinline__ float sum() const {
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < LANE_UNITS; j++)
+            sum += (low_half(low[j]) + high_half(low[j])) + (low_half(high[j]) + high_half(high[j]));
+        return sum;
     }
 
     // cos_sin: D / 2 cosines, then as many sines, of this row's position

@@ -2,10 +2,11 @@
 // What a plan is: attention_plan.cuh. Everything is read from the batch's arrays on the device, so that a captured step
 // plans anew with each replay.
 //
-// One thread block per plan. Bytes moved: 12 per sequence, 32 per entry; what counts is latency, a few us per step.
+// One thread block per plan. Bytes moved: 12 per sequence, 64 per entry; what counts is latency, a few us per step.
 #include "attention_plan.cuh"
 
 constexpr int THREADS = 1024;
+constexpr int BLOCK_TOKENS = 64;  // of a KV block, see layout.py
 constexpr int MAX_SORTED = 2048;
 
 // Sum of x over the threads before this one; `total` is the sum over all. All threads must call it.
@@ -41,8 +42,8 @@ DEVICE int last_not_after(const int* starts, int count, int x) {
 
 // Thread block b plans rows b * ROWS_PER_PLAN and on, at plans + b * plan_size.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    plan_decode(const int* query_starts, const int* context_lens, int num_sequences, int num_rows,
-                int num_counters, int plan_size, int* plans) {
+    plan_decode(const int* query_starts, const int* context_lens, const int* block_tables, int max_blocks,
+                int num_sequences, int num_rows, int num_counters, int plan_size, int* plans) {
     __shared__ int row_sequence[THREADS], row_context[THREADS], row_first[THREADS];
     grid_launch_dependents();
     grid_wait();
@@ -79,6 +80,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         entry.first_entry = row_first[r];
         entry.num_splits = (r + 1 < rows ? row_first[r + 1] : num_entries) - row_first[r];
         entry.unused = 0;
+        const int* table = block_tables + int64(entry.sequence) * max_blocks;
+        for (int b = 0; b < ENTRY_BLOCKS; b++) {
+            int block = start / BLOCK_TOKENS + b;
+            entry.blocks[b] = block * BLOCK_TOKENS < entry.stop ? table[block] : 0;
+        }
         entries[i] = entry;
     }
 }

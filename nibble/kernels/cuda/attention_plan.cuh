@@ -14,6 +14,7 @@ DEVICE int split_length(int num_tokens) {
 }
 
 // One (query row, split). A row of no context at all has one empty split.
+constexpr int ENTRY_BLOCKS = 4;
 struct __align__(16) SplitEntry {
     int row;
     int sequence;
@@ -22,6 +23,7 @@ struct __align__(16) SplitEntry {
     int first_entry;   // of the row's splits, which lie one after the other
     int num_splits;
     int unused;
+    int blocks[ENTRY_BLOCKS];  // of its first 4 * 64 tokens; 0 where there is none
 };
 
 // A plan of DECODE, for up to ROWS_PER_PLAN rows: the number of entries, padding to 16 bytes, zeroed counters (one per row and

@@ -35,7 +35,8 @@ constexpr int SHARED_BYTES = 99 * 1024;
 constexpr int THREADS = WARPS * WARP;
 constexpr int ROWS = WARPS * ROW_TILES * 16;
 constexpr int STEPS = D / 16;      // of the products along D
-constexpr int KEY_TILES = KEYS / 8;
+constexpr int PART = D == 64 ? KEYS : KEYS < 32 ? KEYS : 32;  // keys whose scores a warp holds at a time
+constexpr int KEY_TILES = PART / 8;
 constexpr int DIM_TILES = D / 8;
 
 using Rows = SharedRows<2 * D>;  // fp16 rows: of q, and of keys and values after conversion
@@ -46,7 +47,9 @@ constexpr int RAW = TILES + 4 * TILE_BYTES;         // INT8: each thread's own p
 constexpr int RAW_PIECES = KEYS * ROW_BYTES / PIECE;  // of keys, and as many of values
 constexpr int THREAD_PIECES = (RAW_PIECES + THREADS - 1) / THREADS;
 constexpr int RAW_BYTES = IS_FP16 ? 0 : 2 * THREAD_PIECES * THREADS * PIECE;
-static_assert(RAW + RAW_BYTES <= SHARED_BYTES, "too much shared memory");
+constexpr int RAW_PARAMETERS = RAW + RAW_BYTES;  // (scale, zero) of each piece's row
+constexpr int RAW_PARAMETER_BYTES = RAW_BYTES / 4;
+static_assert(RAW_PARAMETERS + RAW_PARAMETER_BYTES <= SHARED_BYTES, "too much shared memory");
 
 extern __shared__ __align__(128) uint8 shared[];
 
@@ -56,22 +59,21 @@ constexpr float WEIGHT_EXPONENT = 6.0f;        // weights are scaled by 2^6: bel
 
 // The keys and values that this thread block reads: positions 0 .. stop - 1 of a sequence's kv head
 struct Context {
-    const uint8* head;    // the kv head's part of block 0
-    const int* blocks;
-    int64 block_bytes;
-    int stop;
+    const uint8* kv_cache;
+    const int* block_tables;
+    int max_blocks, num_kv_heads;  // so far what the kernel was given
+    int sequence, kv_head, stop;
 
     __device__ __forceinline__ const uint8* head_block(int tile) const {
         int first = tile * KEYS;
-        return first < stop ? head + blocks[first / BLOCK_TOKENS] * block_bytes : head;
+        int64 block = first < stop ? block_tables[int64(sequence) * max_blocks + first / BLOCK_TOKENS] : 0;
+        return kv_cache + (block * num_kv_heads + kv_head) * HEAD_BLOCK_BYTES;
     }
 };
 
 // ---- INT8: copy, convert ----------------------------------------------------------------------------------------------------
 
 struct Converter {
-    uint32 parameters[2][THREAD_PIECES];  // (scale, zero) of this thread's pieces' rows; 0 past the end
-
     // Piece i of this thread: its row in the tile and its place there; false if there is none
     static __device__ __forceinline__ bool piece_of(int i, int& row, int& piece) {
         int index = threadIdx.x + i * THREADS;
@@ -80,29 +82,31 @@ struct Converter {
         return RAW_PIECES % THREADS == 0 || index < RAW_PIECES;
     }
 
-    static __device__ __forceinline__ uint8* raw(int which, int i) {
-        return shared + RAW + ((which * THREAD_PIECES + i) * THREADS + threadIdx.x) * PIECE;
+    static __device__ __forceinline__ int raw_index(int which, int i) {
+        return (which * THREAD_PIECES + i) * THREADS + threadIdx.x;
     }
 
-    __device__ __forceinline__ void copy(const Context& context, int tile) {
+    static __device__ __forceinline__ void copy(const Context& context, int tile) {
         const uint8* block = context.head_block(tile);
 #pragma unroll
         for (int which = 0; which < 2; which++)
 #pragma unroll
             for (int i = 0; i < THREAD_PIECES; i++) {
                 int row, piece;
-                parameters[which][i] = 0;
-                if (!piece_of(i, row, piece) || tile * KEYS + row >= context.stop) continue;
+                if (!piece_of(i, row, piece)) continue;
+                bool is_there = tile * KEYS + row < context.stop;
                 int token = tile * KEYS % BLOCK_TOKENS + row;
-                copy_16_async(shared_address(raw(which, i)),
-                              block + which * VALUES_START + token * ROW_BYTES + piece * PIECE);
-                const uint8* from = block + KEY_PARAMETERS + (which * BLOCK_TOKENS + token) * 4;
-                parameters[which][i] = *reinterpret_cast<const uint32*>(from);
+                if (is_there)
+                    copy_16_async(shared_address(shared + RAW + raw_index(which, i) * PIECE),
+                                  block + which * VALUES_START + token * ROW_BYTES + piece * PIECE);
+                // Past the end scale and zero are 0, and so is what bytes become
+                copy_4_async(shared_address(shared + RAW_PARAMETERS + raw_index(which, i) * 4),
+                             block + KEY_PARAMETERS + (which * BLOCK_TOKENS + token) * 4, is_there);
             }
         commit_copies();
     }
 
-    __device__ __forceinline__ void convert(uint8* tiles) const {
+    static __device__ __forceinline__ void convert(uint8* tiles) {
         wait_copies<0>();
 #pragma unroll
         for (int which = 0; which < 2; which++)
@@ -110,8 +114,9 @@ struct Converter {
             for (int i = 0; i < THREAD_PIECES; i++) {
                 int row, piece;
                 if (!piece_of(i, row, piece)) continue;
-                uint4 bytes = *reinterpret_cast<const uint4*>(raw(which, i));
-                uint32 scale = broadcast_low(parameters[which][i]), zero = broadcast_high(parameters[which][i]);
+                uint4 bytes = *reinterpret_cast<const uint4*>(shared + RAW + raw_index(which, i) * PIECE);
+                uint32 parameters = *reinterpret_cast<const uint32*>(shared + RAW_PARAMETERS + raw_index(which, i) * 4);
+                uint32 scale = broadcast_low(parameters), zero = broadcast_high(parameters);
                 uint8* to = tiles + which * TILE_BYTES;
                 *reinterpret_cast<uint4*>(to + Rows::offset(row, 2 * piece)) =
                     make_uint4(pair<0>(bytes.x, scale, zero), pair<1>(bytes.x, scale, zero),
@@ -155,11 +160,12 @@ DEVICE void copy_fp16(const Context& context, int tile, uint8* tiles) {
 struct State {
     float acc[ROW_TILES][DIM_TILES][4];
     float maximum[ROW_TILES][2], total[ROW_TILES][2];  // total: of this lane's columns alone
-    int visible[ROW_TILES][2];                         // positions that the row sees
+    int context, last, group_size;                     // what row r sees: context + min(last, r / group_size) positions
     int least_visible, most_visible;                   // of the warp's rows
 
-    __device__ __forceinline__ void start(const TileEntry& entry, int group_size) {
-        int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, last = entry.num_rows - 1;
+    __device__ __forceinline__ void start(const TileEntry& entry, int heads) {
+        int warp = threadIdx.x / WARP;
+        context = entry.context, last = entry.num_rows - 1, group_size = heads;
 #pragma unroll
         for (int i = 0; i < ROW_TILES; i++) {
 #pragma unroll
@@ -168,40 +174,49 @@ struct State {
             for (int r = 0; r < 2; r++) {
                 maximum[i][r] = negative_infinity();
                 total[i][r] = 0.0f;
-                visible[i][r] = entry.context + min(last, ((warp * ROW_TILES + i) * 16 + 8 * r + g) / group_size);
             }
         }
-        least_visible = entry.context + min(last, warp * ROW_TILES * 16 / group_size);
-        most_visible = entry.context + min(last, ((warp + 1) * ROW_TILES * 16 - 1) / group_size);
+        least_visible = visible(warp * ROW_TILES * 16);
+        most_visible = visible((warp + 1) * ROW_TILES * 16 - 1);
     }
 
-    __device__ __forceinline__ void attend(const uint8* tiles, int tile) {
-        if (tile * KEYS >= most_visible) return;
-        float scores[ROW_TILES][KEY_TILES][4];
-        multiply_keys(tiles, scores);
-        if ((tile + 1) * KEYS > least_visible) mask(tile, scores);
-        weigh(scores);
-        multiply_values(tiles + TILE_BYTES, scores);
+    __device__ __forceinline__ int visible(int row) const { return context + min(last, row / group_size); }
+
+    // Keys and values of positions `first` .. first + KEYS - 1
+    __device__ __forceinline__ void attend(const uint8* keys, int first) {
+#pragma unroll 1
+        for (int stop = first + KEYS; first < stop && first < most_visible; first += PART) {
+            float scores[ROW_TILES][KEY_TILES][4];
+            uint32 weights[ROW_TILES][KEY_TILES][2];
+            multiply_keys(keys, scores);
+            if (first + PART > least_visible) mask(first, scores);
+            weigh(scores, weights);
+            multiply_values(keys + TILE_BYTES, weights);
+            keys += PART * Rows::STRIDE;
+        }
     }
 
     __device__ __forceinline__ void multiply_keys(const uint8* keys, float (&scores)[ROW_TILES][KEY_TILES][4]) const {
         int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-        uint32 q_from = shared_address(shared + Q), keys_from = shared_address(keys);
+        uint32 q_from = shared_address(shared + Q) + Rows::offset(warp * ROW_TILES * 16 + lane % 16, lane / 16);
+        uint32 keys_from = shared_address(keys) + Rows::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+        forget(q_from);
+        forget(keys_from);
 #pragma unroll
         for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
             for (int n = 0; n < KEY_TILES; n++)
                 scores[i][n][0] = scores[i][n][1] = scores[i][n][2] = scores[i][n][3] = 0.0f;
-#pragma unroll
+#pragma unroll 4
         for (int s = 0; s < STEPS; s++) {
             uint32 q[ROW_TILES][4];
 #pragma unroll
             for (int i = 0; i < ROW_TILES; i++)
-                load_matrices(q[i], q_from + Rows::offset((warp * ROW_TILES + i) * 16 + lane % 16, 2 * s + lane / 16));
+                load_matrices(q[i], Rows::further(q_from, 2 * s) + i * 16 * Rows::STRIDE);
 #pragma unroll
             for (int n = 0; n < KEY_TILES; n += 2) {
                 uint32 k[4];
-                load_matrices(k, keys_from + Rows::offset(n * 8 + lane % 8 + lane / 16 * 8, 2 * s + lane / 8 % 2));
+                load_matrices(k, Rows::further(keys_from, 2 * s) + n * 8 * Rows::STRIDE);
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++) {
                     mma_16816(scores[i][n], q[i], k[0], k[1]);
@@ -211,20 +226,24 @@ struct State {
         }
     }
 
-    __device__ __forceinline__ void mask(int tile, float (&scores)[ROW_TILES][KEY_TILES][4]) const {
-        int t = threadIdx.x % 4;
+    __device__ __forceinline__ void mask(int first, float (&scores)[ROW_TILES][KEY_TILES][4]) const {
+        int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
-            for (int n = 0; n < KEY_TILES; n++)
+            for (int r = 0; r < 2; r++) {
+                int first_hidden = visible((warp * ROW_TILES + i) * 16 + 8 * r + g) - first - 2 * t;
 #pragma unroll
-                for (int c = 0; c < 4; c++)
-                    if (tile * KEYS + n * 8 + 2 * t + (c & 1) >= visible[i][c >> 1])
-                        scores[i][n][c] = negative_infinity();
+                for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+                    for (int j = 0; j < 2; j++)
+                        if (n * 8 + j >= first_hidden) scores[i][n][2 * r + j] = negative_infinity();
+            }
     }
 
     // Scores to weights; maxima, totals and sums on
-    __device__ __forceinline__ void weigh(float (&scores)[ROW_TILES][KEY_TILES][4]) {
+    __device__ __forceinline__ void weigh(const float (&scores)[ROW_TILES][KEY_TILES][4],
+                                          uint32 (&weights)[ROW_TILES][KEY_TILES][2]) {
 #pragma unroll
         for (int i = 0; i < ROW_TILES; i++) {
             float correction[2];
@@ -240,12 +259,12 @@ struct State {
                 maximum[i][r] = best;
                 float base = fmaf(best, SCORE_SCALE, -WEIGHT_EXPONENT), sum = 0.0f;
 #pragma unroll
-                for (int n = 0; n < KEY_TILES; n++)
-#pragma unroll
-                    for (int c = 2 * r; c < 2 * r + 2; c++) {
-                        scores[i][n][c] = exp2_fast(fmaf(scores[i][n][c], SCORE_SCALE, -base));
-                        sum += scores[i][n][c];
-                    }
+                for (int n = 0; n < KEY_TILES; n++) {
+                    float first = exp2_fast(fmaf(scores[i][n][2 * r], SCORE_SCALE, -base));
+                    float second = exp2_fast(fmaf(scores[i][n][2 * r + 1], SCORE_SCALE, -base));
+                    sum += first + second;
+                    weights[i][n][r] = floats_to_half2(first, second);
+                }
                 total[i][r] = fmaf(total[i][r], correction[r], sum);
             }
             // Most tiles raise no maximum; multiplying by 1 can be left out
@@ -258,23 +277,21 @@ struct State {
     }
 
     __device__ __forceinline__ void multiply_values(const uint8* values,
-                                                    const float (&weights)[ROW_TILES][KEY_TILES][4]) {
+                                                    const uint32 (&weights)[ROW_TILES][KEY_TILES][2]) {
         int lane = threadIdx.x % WARP;
-        uint32 from = shared_address(values);
+        uint32 from = shared_address(values) + Rows::offset(lane % 16, lane / 16);
+        forget(from);
 #pragma unroll
-        for (int s = 0; s < KEYS / 16; s++) {
+        for (int s = 0; s < PART / 16; s++) {
             uint32 w[ROW_TILES][4];
 #pragma unroll
             for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    const float(&scores)[4] = weights[i][2 * s + c / 2];
-                    w[i][c] = floats_to_half2(scores[c % 2 * 2], scores[c % 2 * 2 + 1]);
-                }
+                for (int c = 0; c < 4; c++) w[i][c] = weights[i][2 * s + c / 2][c % 2];
 #pragma unroll
             for (int n = 0; n < DIM_TILES; n += 2) {
                 uint32 v[4];
-                load_matrices_transposed(v, from + Rows::offset(s * 16 + lane % 16, n + lane / 16));
+                load_matrices_transposed(v, Rows::further(from, n) + s * 16 * Rows::STRIDE);
 #pragma unroll
                 for (int i = 0; i < ROW_TILES; i++) {
                     mma_16816(acc[i][n], w[i], v[0], v[1]);
@@ -331,9 +348,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     int row_size = (num_heads + 2 * num_kv_heads) * D, first_head = kv_head * group_size;
     copy_queries(qkv + int64(entry.first_row) * row_size + first_head * D, num_rows, group_size, row_size);
-    int64 block_bytes = int64(num_kv_heads) * HEAD_BLOCK_BYTES;
-    Context context = {kv_cache + kv_head * HEAD_BLOCK_BYTES, block_tables + int64(entry.sequence) * max_blocks,
-                       block_bytes, entry.context + entry.num_rows - 1};
+    Context context = {kv_cache,       block_tables, max_blocks, num_kv_heads,
+                       entry.sequence, kv_head,      entry.context + entry.num_rows - 1};
     int num_tiles = (context.stop + KEYS - 1) / KEYS;
 
     State state;
@@ -344,23 +360,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             wait_copies<0>();
             __syncthreads();  // this tile is complete, the other one has been used
             if (tile + 1 < num_tiles) copy_fp16(context, tile + 1, shared + TILES + (tile + 1) % 2 * 2 * TILE_BYTES);
-            state.attend(shared + TILES + tile % 2 * 2 * TILE_BYTES, tile);
+            state.attend(shared + TILES + tile % 2 * 2 * TILE_BYTES, tile * KEYS);
         }
     } else {
-        Converter converter;
-        converter.copy(context, 0);
-        converter.convert(shared + TILES);  // waits for q, too
-        converter.copy(context, 1);
+        Converter::copy(context, 0);
+        Converter::convert(shared + TILES);  // waits for q, too
+        Converter::copy(context, 1);
         int turn = threadIdx.x / WARP % 8 / 4;  // warps 4 to 7 convert after their products
         for (int tile = 0; tile < num_tiles; tile++) {
             __syncthreads();
 #pragma unroll 1
             for (int phase = 0; phase < 2; phase++) {
                 if (phase != turn) {
-                    state.attend(shared + TILES + tile % 2 * 2 * TILE_BYTES, tile);
+                    state.attend(shared + TILES + tile % 2 * 2 * TILE_BYTES, tile * KEYS);
                 } else if (tile + 1 < num_tiles) {
-                    converter.convert(shared + TILES + (tile + 1) % 2 * 2 * TILE_BYTES);
-                    converter.copy(context, tile + 2);
+                    Converter::convert(shared + TILES + (tile + 1) % 2 * 2 * TILE_BYTES);
+                    Converter::copy(context, tile + 2);
                 }
             }
         }

@@ -1,4 +1,4 @@
-"""How fast attention is on this GPU: `python -m nibble.kernels.cuda.bench_attention [--quick]`.
+"""How fast attention is on this GPU: `python -m nibble.kernels.cuda.bench_attention [decode | prefill | quick]`.
 
 Random data, each measurement over enough caches that none of it is left in L2, all in one CUDA graph; the median of a
 few replays. GB/s counts what must be read once: the keys and values (with their scales) of all tokens.
@@ -142,26 +142,26 @@ def report(device: Device, case: Case, memory: cupy.ndarray) -> None:
         print(line, flush=True)  # noqa: T201 - a command's report
 
 
-def cases(quick: bool) -> list[Case]:
+def cases(which: str) -> list[Case]:
     decode = [Case(b, c) for c in (512, 1024, 4096) for b in (1, 8, 32, 64, 128, 256)]
     prefill = [Case(1, 2048, 2048), Case(1, 8192, 8192), Case(8, 1024, 1024), Case(1, 8192, 1024)]
-    if quick:
+    prefill.append(Case(1, 8192, 8192, dtype=KVDtype.FP16))
+    if which == "quick":
         keep = [(1, 512), (1, 4096), (8, 1024), (32, 4096), (128, 1024)]
         return [case for case in decode if (case.batch, case.context) in keep] + prefill[:2]
-    others = [Case(b, 1024, dtype=KVDtype.FP16) for b in (1, 32, 128)]
-    others += [Case(b, 1024, num_heads=28, num_kv_heads=4) for b in (1, 64)]
-    others += [Case(b, 1024, num_heads=32, num_kv_heads=8, head_dim=64) for b in (1, 64)]
-    others += [Case(1, 128), Case(1, 8192), Case(64, 1024, head_dim=256, num_heads=8, num_kv_heads=4)]
-    return decode + others + prefill + [Case(1, 8192, 8192, dtype=KVDtype.FP16)]
+    decode += [Case(b, 1024, dtype=KVDtype.FP16) for b in (1, 32, 128)]
+    decode += [Case(b, 1024, num_heads=28, num_kv_heads=4) for b in (1, 64)]
+    decode += [Case(b, 1024, num_heads=32, num_kv_heads=8, head_dim=64) for b in (1, 64)]
+    decode += [Case(1, 128), Case(1, 8192), Case(64, 1024, head_dim=256, num_heads=8, num_kv_heads=4)]
+    return {"decode": decode, "prefill": prefill, "all": decode + prefill}[which]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few cases")
-    arguments = parser.parse_args()
+    parser.add_argument("which", nargs="?", default="all", choices=["decode", "prefill", "quick", "all"])
+    chosen = cases(parser.parse_args().which)
     device = Device(0, WORKSPACE_BYTES)
     print(device.name)  # noqa: T201
-    chosen = cases(arguments.quick)
     memory = cupy.empty(max(int(max(c.kv_bytes for c in chosen)), 2 * COLD_BYTES), np.uint8)
     # Random bytes, but no NaN among the scales: fp16 of exponents below 16
     memory.view(np.uint32)[...] = cupy.random.randint(0, 2**31 - 1, len(memory) // 4, dtype=np.int32).view(np.uint32)

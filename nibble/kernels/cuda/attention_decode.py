@@ -1,0 +1,70 @@
+"""Launches attention_decode.cu."""
+
+from __future__ import annotations
+
+import cupy
+import numpy as np
+
+from nibble.kernels.cuda.append_kv import check_cache
+from nibble.kernels.cuda.attention_plan import (
+    HEADS_PER_TILE,
+    ROWS_PER_PLAN,
+    SMALL_SHARED_BYTES,
+    has_large_shared_memory,
+    max_splits,
+    num_counters_of,
+)
+from nibble.kernels.cuda.compile import Defines
+from nibble.kernels.cuda.device import Device
+from nibble.kernels.cuda.rope import HEAD_DIMS, defines, num_query_heads
+from nibble.kernels.interface import AttentionBatch
+from nibble.kernels.layout import KVLayout
+
+VARIANTS: tuple[Defines, ...] = tuple((("HEAD_DIM", d), ("KV_FP16", f)) for d in HEAD_DIMS for f in (0, 1))
+
+BLOCK = 288  # eight warps that compute, one that copies
+SHARED_BYTES = 113 * 1024
+
+
+def attention_decode(
+    device: Device,
+    qkv: cupy.ndarray,
+    kv_cache: cupy.ndarray,
+    batch: AttentionBatch,
+    plan: cupy.ndarray,
+    layout: KVLayout,
+    table: cupy.ndarray | None = None,
+) -> cupy.ndarray:
+    """table: where the same kernel is to rotate q and k and to append k and v: each row is the last token of its
+    sequence, so its position and its slot follow from the batch."""
+    num_heads = num_query_heads(qkv, layout)
+    check_cache(kv_cache, layout)
+    group_size, max_blocks = num_heads // layout.num_kv_heads, batch.block_tables.shape[1]
+    item_heads = layout.num_kv_heads * -(-group_size // HEADS_PER_TILE)
+    num_splits = min(len(qkv), ROWS_PER_PLAN) * max_splits(max_blocks)
+    partial_rows = num_splits * item_heads * min(group_size, HEADS_PER_TILE)
+    sums = device.empty((partial_rows, layout.head_dim), np.float32)
+    stats = device.empty((partial_rows, 2), np.float32)
+    out = device.empty((len(qkv), num_heads * layout.head_dim), np.float16)
+    blocks_per_multiprocessor = 2 if has_large_shared_memory(device) and layout.head_dim <= 128 else 1
+    most_blocks = blocks_per_multiprocessor * device.num_multiprocessors
+    kernel = device.kernel("attention_decode", "attention_decode", defines(layout))
+    for slice_plan in plan:  # one after the other: they share the memory for partial results
+        kernel.launch(
+            (min(num_splits * item_heads, most_blocks), 1, 1),
+            BLOCK,
+            qkv,
+            kv_cache,
+            batch.block_tables,
+            table,
+            slice_plan,
+            sums,
+            stats,
+            out,
+            np.int32(num_counters_of(layout)),
+            np.int32(max_blocks),
+            np.int32(num_heads),
+            np.int32(layout.num_kv_heads),
+            shared_bytes=SHARED_BYTES if has_large_shared_memory(device) else SMALL_SHARED_BYTES,
+        )
+    return out
