@@ -12,9 +12,13 @@ from nibble.kernels.cuda.attention_prefill import attention_prefill
 from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.rope import check_table
 from nibble.kernels.interface import AttentionBatch, AttentionStep, Mode
-from nibble.kernels.layout import KVLayout
+from nibble.kernels.layout import KVDtype, KVLayout
 
 __all__ = ["attention", "paged_attention", "plan_attention"]
+
+# Bytes of a cached row. The fused kernel puts the new token's row into the ring of shared memory before it has used the
+# stages before it, so the ring must hold all of a group's keys at once. It cannot with longer rows: fp16, head_dim 256.
+MAX_FUSED_ROW_BYTES = 256
 
 
 def attention(
@@ -22,7 +26,9 @@ def attention(
 ) -> cupy.ndarray:
     """See `Kernels.attention`. One kernel where each sequence has one query and decodes, otherwise two."""
     assert step.plan is not None, "attention needs the plan of plan_attention"
-    if mode is Mode.DECODE and len(qkv) == len(step.batch.context_lens):
+    row_bytes = layout.head_dim * (2 if layout.dtype is KVDtype.FP16 else 1)
+    is_fused = mode is Mode.DECODE and row_bytes <= MAX_FUSED_ROW_BYTES
+    if is_fused and len(qkv) == len(step.batch.context_lens):
         assert (step.slots.shape, step.slots.dtype) == ((len(qkv),), np.int64), "slots must be int64 (T,)"
         assert (step.positions.shape, step.positions.dtype) == ((len(qkv),), np.int32), "positions must be int32 (T,)"
         check_table(step.rope_table, layout)

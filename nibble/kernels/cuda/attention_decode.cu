@@ -25,7 +25,8 @@
 // 64 * 514 (the largest scale there is), which fp16 holds.
 //
 // The new token is the last position of a row's last split: its keys and values never come from the cache but are
-// written to the ring by the warps that need them first (bit for bit what they write to the cache).
+// written to the ring by the warps that need them first (bit for bit what they write to the cache). That takes a ring
+// that holds all keys of a group: attention.py appends with a kernel of its own where rows are too long for it.
 //
 // A row of more than one split leaves unnormalised sums per split; the thread block that finishes last (a counter per
 // row and head tile, left at zero) adds them up in the order of the splits. Every number is computed from the row's own
