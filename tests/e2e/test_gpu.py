@@ -1,15 +1,13 @@
 """The whole service with workers on a GPU: many streams at once, a client that leaves, a worker that dies.
 
-Texts are compared with those of the same requests one by one. Decode gives the same bits in any batch; prefill of many
-prompts at once goes through another matrix product than that of a short one alone, so that a near-tie may fall the
-other way: most texts must be equal, all must be whole.
+At most 64 tokens a step: more prompt tokens at once go through cuBLAS, whose rounding depends on how many they are, and
+then a near-tie may fall the other way than in the same request alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -22,12 +20,18 @@ pytestmark = pytest.mark.gpu
 
 SUBJECTS = ("sea", "moon", "bread", "trains", "bees", "chess", "rain", "Rome")
 NUM_STREAMS = 64
-LEAST_EQUAL = 3 / 4
 
 
 @pytest.fixture(scope="module")
 def service(run_service: Callable[..., AbstractContextManager[RunningService]]) -> Iterator[RunningService]:
-    with run_service(num_workers=2, NIBBLE_DEVICE="cuda", NIBBLE_KV_CACHE_BYTES="1GiB", NIBBLE_LEASE_S="2") as running:
+    variables = {
+        "NIBBLE_DEVICE": "cuda",
+        "NIBBLE_KV_CACHE_BYTES": "1GiB",
+        "NIBBLE_MAX_NUM_SEQUENCES": "64",
+        "NIBBLE_MAX_NUM_BATCHED_TOKENS": "64",
+        "NIBBLE_LEASE_S": "2",
+    }
+    with run_service(num_workers=2, **variables) as running:
         yield running
 
 
@@ -56,16 +60,9 @@ def test_the_workers_compute_on_the_gpu(service: RunningService) -> None:
     assert sum("cuda: " in line for line in service.lines) == 2  # in the launcher's table
 
 
-def check(answers: list[Answer], alone: list[Answer]) -> None:
-    assert all(answer.text and answer.finish_reason in ("stop", "length") for answer in answers)
-    equal = sum(answer == other for answer, other in zip(answers, alone, strict=True))
-    sys.stdout.write(f"{equal} of {len(alone)} texts are equal\n")
-    assert equal >= LEAST_EQUAL * len(alone)
-
-
 def test_64_streams_at_once_get_what_each_gets_alone(service: RunningService, alone: list[Answer]) -> None:
     assert len({answer.text for answer in alone}) > NUM_STREAMS // 2  # answers, not one and the same
-    check(asyncio.run(stream_all(service, bodies())), alone)
+    assert asyncio.run(stream_all(service, bodies())) == alone
 
 
 def test_a_client_that_leaves_frees_its_sequence(service: RunningService) -> None:
@@ -92,6 +89,6 @@ def test_streams_survive_the_death_of_a_worker(service: RunningService, alone: l
         if num_pieces == 5 * NUM_STREAMS:
             victim.send_signal(signal.SIGKILL)
 
-    check(asyncio.run(stream_all(service, bodies(), on_piece=kill_once)), alone)
+    assert asyncio.run(stream_all(service, bodies(), on_piece=kill_once)) == alone
     assert not victim.is_running()
     service.wait_for_line("worker-1 started again")
