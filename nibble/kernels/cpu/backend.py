@@ -37,6 +37,7 @@ from nibble.kernels.cpu import (
     silu_and_mul,
     tile_attention,
 )
+from nibble.kernels.cpu.malloc import keep_freed_memory
 from nibble.kernels.cpu.thread_pool import ThreadPool
 from nibble.kernels.cpu.warm_up import warm_up
 from nibble.kernels.interface import (
@@ -65,6 +66,7 @@ class CPUKernels:
 
     def __init__(self, num_threads: int | None = None) -> None:
         self.num_threads = num_threads or usable_cpus()
+        keep_freed_memory()
         self._threads = ThreadPool(self.num_threads)
         self._pool = self._threads.state
         self._addresses: dict[int, int] = {}
