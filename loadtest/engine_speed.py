@@ -19,7 +19,7 @@ from rich.table import Table
 
 from loadtest.engines.interface import EngineNotInstalled
 from loadtest.engines.process import KINDS, EngineProcess, Task
-from loadtest.machine import Machine, this_machine
+from loadtest.machine import Machine, StolenTime, this_machine
 from nibble.service.demo_model import fetch_demo_model
 
 _PACKAGES = ("numpy", "numba", "torch", "transformers", "llama-cpp-python")
@@ -37,6 +37,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     machine: Machine
+    stolen_share: float  # see machine.StolenTime: figures of a busy host say little
     model: str
     num_threads: int
     num_rounds: int
@@ -66,7 +67,7 @@ def tokens_of(task: Task) -> int:
 
 
 def measure(options: argparse.Namespace, gguf: Path, console: Console) -> Report:
-    machine = this_machine(_PACKAGES)
+    machine, stolen = this_machine(_PACKAGES), StolenTime()
     engines, missing = _load(options, gguf, console)
     speeds: dict[tuple[str, str], list[float]] = {}
     try:
@@ -85,6 +86,7 @@ def measure(options: argparse.Namespace, gguf: Path, console: Console) -> Report
             engine.close()
     return Report(
         machine=machine,
+        stolen_share=stolen.share(),
         model=gguf.name,
         num_threads=options.threads,
         num_rounds=options.rounds,
@@ -119,7 +121,10 @@ def _summary(engine: str, task: str, values: list[float]) -> Measurement:
 
 def print_table(report: Report, console: Console) -> None:
     machine = report.machine
-    console.print(f"{report.model}, {report.num_threads} threads of {machine.cpu}")
+    console.print(
+        f"{report.model}, {report.num_threads} threads of {machine.cpu}, "
+        f"{report.stolen_share:.0%} of the CPU time taken by other machines of the host"
+    )
     table = Table("engine", title=f"tokens/s, median of {report.num_rounds}")
     task_names = list(dict.fromkeys(result.task for result in report.results))
     for name in task_names:

@@ -39,6 +39,24 @@ def this_machine(packages: tuple[str, ...]) -> Machine:
     )
 
 
+class StolenTime:
+    """How much of this machine's CPU time its host gave to others, from now on: none on a machine of one's own."""
+
+    def __init__(self) -> None:
+        self._start = _cpu_ticks()
+
+    def share(self) -> float:
+        """Of all time in which a CPU had something to do, since the start."""
+        busy, stolen = (now - start for now, start in zip(_cpu_ticks(), self._start, strict=True))
+        return round(stolen / busy, 3) if busy else 0.0
+
+
+def _cpu_ticks() -> tuple[int, int]:
+    """(busy and stolen, stolen), all CPUs; proc_stat(5)."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return user + nice + system + irq + softirq + steal, steal
+
+
 def _first_field(path: Path, name: str) -> str:
     for line in path.read_text().splitlines():
         field, _, value = line.partition(":")
