@@ -125,10 +125,11 @@ def _with_line(path: Path) -> bytes:
 def _read(program: Any, size_of: Any, get: Any) -> bytes:
     error, size = size_of(program)
     _check(error)
-    buffer: bytes = b" " * size  # filled in place
+    # Filled in place. Never one byte long: Python shares those with everybody.
+    buffer = bytes(max(size, 2))
     (error,) = get(program, buffer)
     _check(error)
-    return buffer
+    return buffer[:size]
 
 
 def _check(error: Any) -> None:
