@@ -139,7 +139,7 @@ def report(device: Device, case: Case, memory: cupy.ndarray) -> None:
             append_us = bench.append()
             speed = f"{case.flops / (us - append_us) / 1e6:6.1f} TFLOP/s, append {append_us:.1f} us"
         line = f"{name} ctx {case.context:5} new {case.queries:4}: {us:8.2f} us {speed}, plan {plan_us:.1f} us"
-        print(line, flush=True)  # noqa: T201 - a command's report
+        print(line, flush=True)  # noqa: T201  # a command
 
 
 def cases(which: str) -> list[Case]:
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("which", nargs="?", default="all", choices=["decode", "prefill", "quick", "all"])
     chosen = cases(parser.parse_args().which)
     device = Device(0, WORKSPACE_BYTES)
-    print(device.name)  # noqa: T201
+    print(device.name)  # noqa: T201  # a command
     memory = cupy.empty(max(int(max(c.kv_bytes for c in chosen)), 2 * COLD_BYTES), np.uint8)
     # Random bytes, but no NaN among the scales: fp16 of exponents below 16
     memory.view(np.uint32)[...] = cupy.random.randint(0, 2**31 - 1, len(memory) // 4, dtype=np.int32).view(np.uint32)
