@@ -52,6 +52,53 @@ DEVICE uint32 load_shared(uint32 shared) {
     return value;
 }
 
+DEVICE void load_shared(float (&values)[4], uint32 shared) {
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+                 : "r"(shared)
+                 : "memory");
+}
+
+DEVICE void store_shared(uint32 shared, const float (&values)[4]) {
+    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(shared), "f"(values[0]), "f"(values[1]), "f"(values[2]),
+                 "f"(values[3])
+                 : "memory");
+}
+
+// COUNT threads of the block, whole warps, with one of the barriers 1 .. 15
+template <int COUNT>
+DEVICE void sync_threads(int barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(COUNT) : "memory");
+}
+
+// All threads of a warpgroup have COUNT registers from here on: more, once other warps have left theirs (setmaxnreg)
+template <int COUNT>
+DEVICE void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT>
+DEVICE void leave_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// ---- clusters of two thread blocks ---------------------------------------------------------------------------------------
+// All threads of both blocks arrive and wait, e.g. for each other's barriers to be ready.
+
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// Where block `rank` has what lies at `shared` in this one: for arrive_in_cluster()
+DEVICE uint32 address_in_cluster(uint32 shared, int rank) {
+    uint32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
+    return address;
+}
+
+DEVICE void arrive_in_cluster(uint32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // ---- copies that a barrier counts (cp.async.bulk), issued by one thread ----------------------------------------------------
 
 // Contiguous bytes, a multiple of 16, both sides aligned to 16
@@ -67,6 +114,15 @@ DEVICE void copy_box(uint32 shared, const TensorMap& map, int column, int row, u
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
             shared),
         "l"(&map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
+// To the same place in both blocks of a cluster; each block's barrier counts what arrives there
+DEVICE void copy_box_to_both(uint32 shared, const TensorMap& map, int column, int row, uint32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(uint16(3))
         : "memory");
 }
 
@@ -134,8 +190,5 @@ MULTIPLY(32, "%16,%17,%18,%19", "%20")
 MULTIPLY(64, "%32,%33,%34,%35", "%36")
 MULTIPLY(128, "%64,%65,%66,%67", "%68")
 #undef MULTIPLY
-
-// The threads of one warpgroup, with one of the barriers 1 .. 15
-DEVICE void sync_warpgroup(int barrier) { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(WARPGROUP) : "memory"); }
 
 #endif

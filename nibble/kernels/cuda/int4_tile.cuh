@@ -48,7 +48,7 @@ struct Epilogue {
     bool gated;
 };
 
-DEVICE float silu(float x) { return x / (1 + __expf(-x)); }
+DEVICE float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }  // to 2 ulp: fp16 comes of it
 
 // A lane's part of an mma's sums, 16 rows x 8 * COUNT tokens from first_token and row on: sums[j] are, for its tokens
 // first_token + 8 j + {0, 1}, those of `row` and then of row + 8, which with `gated` are gate and up of one neuron.
@@ -69,7 +69,7 @@ DEVICE void store(const Epilogue& e, int first_token, int row, float (&sums)[COU
         constexpr int BATCH = COUNT < 2 ? COUNT : 2;
 #pragma unroll
         for (int start = 0; start < COUNT; start += BATCH, at += BATCH * 8 * e.num_rows) {
-            float before[BATCH][4];  // a batch's loads before its first store, which each would otherwise wait for
+            float before[BATCH][4] = {};  // a batch's loads before its first store, which each would otherwise wait for
             const auto exists = [&](int j, int i) { return (start + j) * 8 + i % 2 < num_tokens && has_row[i / 2]; };
             const auto offset = [&](int j, int i) { return (j * 8 + i % 2) * e.num_rows + i / 2 * 8; };
 #pragma unroll

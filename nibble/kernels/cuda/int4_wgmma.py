@@ -21,9 +21,8 @@ BLOCKS_PER_WORKER = 2
 # One block for each of an H100's 132 multiprocessors. A constant and not the device's number, so that the order of
 # additions is the same on all.
 MAX_WORKERS = 66
-THREADS = 2 * 128 + 32
 UNIT_ROWS = 4 * TILE_ROWS  # x TILE_COLUMNS: what workers share out
-PANEL_COLUMNS = 64
+SHARED_BYTES = 228 * 1024  # of a multiprocessor; a block can have 1 KiB less than its part
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,25 @@ class _Shape:
     """A kernel of int4_wgmma.cu, whose end has the same numbers."""
 
     num_tokens: int
-    weight_stages: int
-    x_stages: int
+    blocks: int  # that a multiprocessor has room for
+
+    @property
+    def threads(self) -> int:
+        return 4 * 128 + (128 if self.blocks == 1 else 32)
+
+    @property
+    def cluster(self) -> int:
+        """Blocks that share x."""
+        return BLOCKS_PER_WORKER if self.num_tokens > 16 else 1
 
     def shared_bytes(self, group_size: int) -> int:
-        fewer = 1 if group_size == 32 and self.num_tokens < 128 else 0
-        weight_stages = self.weight_stages - fewer
-        weight_bytes = weight_stages * 2 * int4_num_bytes(TILE_ROWS, TILE_COLUMNS, group_size)
-        x_bytes = self.x_stages * self.num_tokens * PANEL_COLUMNS * 2
-        return x_bytes + weight_bytes + (2 * self.x_stages + weight_stages) * 8 + 8
+        weight_bytes = 2 * int4_num_bytes(TILE_ROWS, TILE_COLUMNS, group_size)
+        stage_bytes = self.num_tokens * TILE_COLUMNS * 2 + weight_bytes + 2 * 8
+        other_bytes = self.num_tokens * 128 * 4 + 8
+        return (SHARED_BYTES // self.blocks - 1024 - other_bytes) // stage_bytes * stage_bytes + other_bytes
 
 
-_SHAPES = (_Shape(8, 10, 20), _Shape(16, 9, 16), _Shape(32, 9, 8), _Shape(64, 7, 6), _Shape(128, 8, 8))
+_SHAPES = (_Shape(8, 2), _Shape(16, 2), _Shape(32, 1), _Shape(64, 1), _Shape(128, 1))
 
 
 def num_workers(num_rows: int, num_columns: int) -> int:
@@ -62,12 +68,13 @@ def int4_wgmma(
         # for each worker the ends of a run that share a row group with others: at most two
         partials = device.empty((chunks * workers * 2 * UNIT_ROWS * shape.num_tokens,), np.float32)
         kernel = device.kernel("int4_wgmma", f"int4_wgmma_{shape.num_tokens}", (("GROUP_SIZE", weight.group_size),))
-        kernel.bind(0, panel_map(x, shape.num_tokens).address)
+        kernel.bind(0, panel_map(x, shape.num_tokens // shape.cluster).address)
         kernel.launch(
             (BLOCKS_PER_WORKER * workers, chunks, 1),
-            THREADS,
+            shape.threads,
             *(None, weight.packed, bias, None if has_residual else out, out if has_residual else None),
             *(partials, take_arrivals(device, chunks * -(-num_rows // TILE_ROWS))),
             *(np.int32(num_tokens), np.int32(num_rows), np.int32(num_columns), np.int32(workers), np.int32(gated)),
             shared_bytes=shape.shared_bytes(weight.group_size),
+            cluster=shape.cluster,
         )
