@@ -82,8 +82,8 @@ DEVICE void leave_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// ---- clusters of two thread blocks ---------------------------------------------------------------------------------------
-// All threads of both blocks arrive and wait, e.g. for each other's barriers to be ready.
+// ---- clusters of thread blocks -------------------------------------------------------------------------------------------
+// All threads of all blocks arrive and wait, e.g. for each other's barriers to be ready.
 
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
@@ -95,8 +95,31 @@ DEVICE uint32 address_in_cluster(uint32 shared, int rank) {
     return address;
 }
 
+// Says that this warp's reads are done (their results were used). Not more: with the scope of the cluster the arrival
+// would wait for all memory accesses of the thread.
 DEVICE void arrive_in_cluster(uint32 barrier) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// For one of this block's barriers at which other blocks arrive, or their stores do
+DEVICE void wait_barrier_in_cluster(uint32 barrier, int parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again_%=:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again_%=;\n"
+        "}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// 16 bytes to another block (or this one), counted by a barrier there; both from address_in_cluster()
+DEVICE void store_in_cluster(uint32 address, const float (&values)[4], uint32 barrier) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(address),
+        "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3]), "r"(barrier)
+        : "memory");
 }
 
 // ---- copies that a barrier counts (cp.async.bulk), issued by one thread ----------------------------------------------------
@@ -114,6 +137,15 @@ DEVICE void copy_box(uint32 shared, const TensorMap& map, int column, int row, u
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
             shared),
         "l"(&map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
+// The box of a matrix seen as panels of 64 columns (`panels_map`), from a panel and a row on: one panel after the other
+DEVICE void copy_panels(uint32 shared, const TensorMap& map, int panel, int row, uint32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+            "r"(shared),
+        "l"(&map), "r"(0), "r"(row), "r"(panel), "r"(barrier)
         : "memory");
 }
 

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nibble.kernels.cuda import gemm
+from nibble.kernels.cuda import gemm, int4_mma
 from nibble.kernels.cuda.arrivals import take_arrivals
 from nibble.kernels.cuda.compile import Defines
 from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.int4_dequantize import int4_dequantize
-from nibble.kernels.cuda.int4_wgmma import ARCHITECTURE, int4_wgmma
+from nibble.kernels.cuda.int4_wgmma import int4_wgmma
 from nibble.kernels.interface import Array, Int4Weight, Mode
 from nibble.kernels.layout import FRAGMENT, GROUP_SIZES, TILE_COLUMNS, TILE_ROWS, int4_num_bytes
 
 VARIANTS: tuple[Defines, ...] = tuple((("GROUP_SIZE", size),) for size in GROUP_SIZES)
 
+HOPPER = "sm_90a"
 MAX_TOKENS = 64  # of a thread block; more are cut into chunks
 THREADS = 128
 # Blocks that a launch is cut into along K, at least: several for each of an H100's 132 multiprocessors. A constant and
@@ -68,10 +69,14 @@ def int4_linear(
     out = residual
     if out is None:
         out = device.empty((num_tokens, weight.out_features // (2 if gated else 1)), np.float16)
-    if num_tokens and device.architecture == ARCHITECTURE:
-        int4_wgmma(device, x, weight, bias, out, gated)
-    elif num_tokens:
+    if num_tokens == 0:
+        pass
+    elif device.architecture != HOPPER:
         _launch(device, x, weight, bias, out, gated)
+    elif num_tokens <= int4_mma.MAX_TOKENS and weight.in_features % int4_mma.PANEL_COLUMNS == 0:
+        int4_mma.int4_mma(device, x, weight, bias, out, gated)
+    else:
+        int4_wgmma(device, x, weight, bias, out, gated)
     return out
 
 

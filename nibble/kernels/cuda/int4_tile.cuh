@@ -50,59 +50,51 @@ struct Epilogue {
 
 DEVICE float silu(float x) { return __fdividef(x, 1 + __expf(-x)); }  // to 2 ulp: fp16 comes of it
 
-// A lane's part of an mma's sums, 16 rows x 8 * COUNT tokens from first_token and row on: sums[j] are, for its tokens
-// first_token + 8 j + {0, 1}, those of `row` and then of row + 8, which with `gated` are gate and up of one neuron.
+// A lane's part of an mma's sums, 16 rows x 8 tokens: sums are, for token and token + 1, those of `row` and then of
+// row + 8, which with `gated` are gate and up of one neuron. Where nothing is added to a residual, before is ignored.
+DEVICE void load_residual(float (&before)[4], const Epilogue& e, int token, int row) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        before[i] = e.residual && token + i % 2 < e.num_tokens && row + i / 2 * 8 < e.num_rows
+                        ? e.residual[int64(token + i % 2) * e.num_rows + row + i / 2 * 8]
+                        : 0;
+}
+
+DEVICE void store(const Epilogue& e, int token, int row, float (&sums)[4], const float (&before)[4]) {
+    const bool has_row[2] = {row < e.num_rows, row + 8 < e.num_rows};
+    if (e.bias) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[i] += has_row[i / 2] ? e.bias[row + i / 2 * 8] : 0;
+    }
+    if (e.gated) {
+        const int stride = e.num_rows / 2, column = row / 16 * 8 + row % 16;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (token + i < e.num_tokens && has_row[1])
+                e.out[int64(token + i) * stride + column] = float_to_half(silu(sums[i]) * sums[2 + i]);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (token + i % 2 >= e.num_tokens || !has_row[i / 2]) continue;
+        const int64 at = int64(token + i % 2) * e.num_rows + row + i / 2 * 8;
+        if (e.residual)
+            e.residual[at] = before[i] + sums[i];
+        else
+            e.out[at] = float_to_half(sums[i]);
+    }
+}
+
+// The same for 8 * COUNT tokens from first_token on
 template <int COUNT>
 DEVICE void store(const Epilogue& e, int first_token, int row, float (&sums)[COUNT][4]) {
-    const bool has_row[2] = {row < e.num_rows, row + 8 < e.num_rows};
-    const int num_tokens = e.num_tokens - first_token;
-    if (e.bias) {
-        const float bias[2] = {has_row[0] ? e.bias[row] : 0, has_row[1] ? e.bias[row + 8] : 0};
+    constexpr int BATCH = COUNT < 2 ? COUNT : 2;  // loads before the first store, which each would otherwise wait for
 #pragma unroll
-        for (int j = 0; j < COUNT; j++) {
+    for (int start = 0; start < COUNT; start += BATCH) {
+        float before[BATCH][4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) sums[j][i] += bias[i / 2];
-        }
-    }
-    if (e.residual) {
-        float* at = e.residual + int64(first_token) * e.num_rows + row;
-        constexpr int BATCH = COUNT < 2 ? COUNT : 2;
+        for (int j = 0; j < BATCH; j++) load_residual(before[j], e, first_token + (start + j) * 8, row);
 #pragma unroll
-        for (int start = 0; start < COUNT; start += BATCH, at += BATCH * 8 * e.num_rows) {
-            float before[BATCH][4] = {};  // a batch's loads before its first store, which each would otherwise wait for
-            const auto exists = [&](int j, int i) { return (start + j) * 8 + i % 2 < num_tokens && has_row[i / 2]; };
-            const auto offset = [&](int j, int i) { return (j * 8 + i % 2) * e.num_rows + i / 2 * 8; };
-#pragma unroll
-            for (int j = 0; j < BATCH; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    if (exists(j, i)) before[j][i] = at[offset(j, i)];
-            }
-#pragma unroll
-            for (int j = 0; j < BATCH; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    if (exists(j, i)) at[offset(j, i)] = before[j][i] + sums[start + j][i];
-            }
-        }
-    } else if (e.gated) {
-        const int stride = e.num_rows / 2;
-        uint16* at = e.out + int64(first_token) * stride + row / 16 * 8 + row % 16;
-#pragma unroll
-        for (int j = 0; j < COUNT; j++, at += 8 * stride) {
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                if (j * 8 + i < num_tokens && has_row[1])
-                    at[i * stride] = float_to_half(silu(sums[j][i]) * sums[j][2 + i]);
-        }
-    } else {
-        uint16* at = e.out + int64(first_token) * e.num_rows + row;
-#pragma unroll
-        for (int j = 0; j < COUNT; j++, at += 8 * e.num_rows) {
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (j * 8 + i % 2 < num_tokens && has_row[i / 2])
-                    at[i % 2 * e.num_rows + i / 2 * 8] = float_to_half(sums[j][i]);
-        }
+        for (int j = 0; j < BATCH; j++) store(e, first_token + (start + j) * 8, row, sums[start + j], before[j]);
     }
 }

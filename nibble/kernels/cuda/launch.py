@@ -36,8 +36,13 @@ _CONFIG = struct.Struct("<7I4xQQI4x")
 
 
 @cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@cache
 def _launch_function() -> Any:
-    function = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    function = _driver().cuLaunchKernelEx
     function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     return function
 
@@ -92,6 +97,12 @@ class Kernel:
         if types != self._types:
             self._types, self._format = types, _argument_format(types)
         self._format.pack_into(self._slots, 0, *map(_value, arguments))
+        self._configure(grid, block, shared_bytes, cluster)
+        result = self._launch(self._config, self._handle, self._pointers, None)
+        if result:
+            raise DriverError(f"launching {self.name}: {driver.CUresult(result).name}")
+
+    def _configure(self, grid: tuple[int, int, int], block: int, shared_bytes: int, cluster: int) -> None:
         num_attributes = 1 if self._overlaps else 0
         if cluster > 1:
             assert self._overlaps, "clusters need sm_90"
@@ -100,9 +111,20 @@ class Kernel:
         stream = cupy.cuda.get_current_stream().ptr
         attributes = self._attributes_address
         _CONFIG.pack_into(self._config, 0, *grid, block, 1, 1, shared_bytes, stream, attributes, num_attributes)
-        result = self._launch(self._config, self._handle, self._pointers, None)
+
+    def max_clusters(self, block: int, *, shared_bytes: int, cluster: int) -> int:
+        """How many clusters of such a launch the device holds at once; not always its size by theirs, because the
+        blocks of one are placed on neighbouring multiprocessors."""
+        if shared_bytes > self._shared_limit:
+            self._allow_shared(shared_bytes)
+        self._configure((cluster, 1, 1), block, shared_bytes, cluster)
+        count = ctypes.c_int()
+        result = _driver().cuOccupancyMaxActiveClusters(
+            ctypes.byref(count), ctypes.c_void_p(self._handle), self._config
+        )
         if result:
-            raise DriverError(f"launching {self.name}: {driver.CUresult(result).name}")
+            raise DriverError(f"clusters of {self.name}: {driver.CUresult(result).name}")
+        return count.value
 
     def bind(self, index: int, address: int) -> None:
         """From now on argument `index` is read from the host's memory there, and None is passed to `launch` for it.

@@ -32,10 +32,22 @@ class TensorMap:
 
 def panel_map(matrix: cupy.ndarray, box_rows: int) -> TensorMap:
     """Boxes of box_rows x 64 columns of an fp16 matrix, for `copy_box` and `panel_descriptor` of hopper.cuh."""
+    rows, columns = _check(matrix)
+    return _encode(matrix.data.ptr, (columns, rows), (2 * columns,), (64, box_rows))
+
+
+def panels_map(matrix: cupy.ndarray, box_rows: int, box_panels: int) -> TensorMap:
+    """The same box_panels times side by side, for `copy_panels`; the columns must be a multiple of 64."""
+    rows, columns = _check(matrix)
+    assert columns % 64 == 0, f"{columns} columns are no whole number of panels of 64"
+    return _encode(matrix.data.ptr, (64, rows, columns // 64), (2 * columns, 128), (64, box_rows, box_panels))
+
+
+def _check(matrix: cupy.ndarray) -> tuple[int, int]:
     rows, columns = matrix.shape
     assert matrix.dtype == np.float16, f"{matrix.dtype} matrix, expected float16"
     assert columns % 8 == 0, f"{columns} columns: a row must be a multiple of 16 bytes"
-    return _panel_map(matrix.data.ptr, rows, columns, box_rows)
+    return rows, columns
 
 
 @cache
@@ -44,22 +56,24 @@ def _encode_function() -> Any:
 
 
 @lru_cache(maxsize=4096)  # the workspace's addresses recur step by step
-def _panel_map(pointer: int, rows: int, columns: int, box_rows: int) -> TensorMap:
+def _encode(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> TensorMap:
+    """shape and box: elements, the innermost dimension first. strides: bytes, of all but the innermost."""
     tensor_map = TensorMap()
+    rank = len(shape)
     error = _encode_function()(
         ctypes.c_void_p(tensor_map.address),
         _FLOAT16,
-        ctypes.c_uint32(2),
+        ctypes.c_uint32(rank),
         ctypes.c_void_p(pointer),
-        (ctypes.c_uint64 * 2)(columns, rows),
-        (ctypes.c_uint64 * 1)(2 * columns),  # bytes from row to row
-        (ctypes.c_uint32 * 2)(64, box_rows),
-        (ctypes.c_uint32 * 2)(1, 1),
+        (ctypes.c_uint64 * rank)(*shape),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
         _NOT_INTERLEAVED,
         _SWIZZLE_128_BYTES,
         _PROMOTE_TO_128_BYTES,
         _ZEROS_OUTSIDE,
     )
     if error:
-        raise DriverError(f"cuTensorMapEncodeTiled of {rows} x {columns}: error {error}")
+        raise DriverError(f"cuTensorMapEncodeTiled of {shape} elements: error {error}")
     return tensor_map

@@ -116,7 +116,15 @@ def test_large_prefill_matches_the_dequantized_matrix(
 
 @pytest.mark.parametrize(
     ("rows", "columns", "group_size"),
-    [(48, 96, 32), (960, 576, 32), (130, 192, 64), (1024, 2048, 128), (256, 14336, 128), (28672, 512, 128)],
+    [
+        (48, 96, 32),
+        (960, 576, 32),
+        (130, 192, 64),
+        (1024, 2048, 128),
+        (256, 14336, 128),
+        (5120, 2048, 128),
+        (28672, 512, 128),
+    ],
 )
 def test_decode_row_does_not_depend_on_the_batch(
     kernels: CUDAKernels, rng: np.random.Generator, rows: int, columns: int, group_size: int
