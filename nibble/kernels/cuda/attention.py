@@ -16,15 +16,19 @@ from nibble.kernels.layout import KVDtype, KVLayout
 
 __all__ = ["attention", "paged_attention", "plan_attention"]
 
-# Bytes of a cached row. The fused kernel puts the new token's row into the ring of shared memory before it has used the
-# stages before it, so the ring must hold all of a group's keys at once. It cannot with longer rows: fp16, head_dim 256.
+# Bytes of a cached row. The fused kernel puts the new token's value into the ring of shared memory before it has used
+# those before it, so the ring must hold all values of a group. It cannot with longer rows: fp16, head_dim 256.
 MAX_FUSED_ROW_BYTES = 256
 
 
 def attention(
     device: Device, qkv: cupy.ndarray, kv_cache: cupy.ndarray, step: AttentionStep, layout: KVLayout, mode: Mode
 ) -> cupy.ndarray:
-    """See `Kernels.attention`. One kernel where each sequence has one query and decodes, otherwise two."""
+    """See `Kernels.attention`. One kernel where each sequence has one query and decodes, otherwise two.
+
+    That one kernel reads what was cached before `step.plan` was made without waiting for the kernels in between: none
+    of them may write to blocks of the batch's sequences (their layers have caches of their own).
+    """
     assert step.plan is not None, "attention needs the plan of plan_attention"
     row_bytes = layout.head_dim * (2 if layout.dtype is KVDtype.FP16 else 1)
     is_fused = mode is Mode.DECODE and row_bytes <= MAX_FUSED_ROW_BYTES

@@ -5,11 +5,12 @@
 //
 // qkv fp16 (T, (heads + 2 kv heads) D), cache (blocks, kv heads, head block of layout.py), out fp16 (T, heads D).
 //
-// Work: an item is (query row, split of its context, kv head, tile of up to 8 of its query heads); all heads of a tile
-// share one reading of K and V. The grid is fixed; each thread block takes items at a stride of the grid's size and goes
-// through an item in groups of 256 tokens. One warp copies: it runs through the block's items ahead of the others, keys
-// and values of a group alternating, into a ring of 16 KB stages in shared memory. Eight warps compute; barriers in
-// shared memory say which stages are full and which are free, so memory is never idle between items.
+// Work: a row's context is cut into splits; all heads of a tile (up to 8 query heads of a kv head) share one reading of K
+// and V. The grid is fixed, each thread block has an equal share of all splits of all tiles (attention_decode_work.cuh) and
+// goes through it in groups of 256 tokens. One warp copies keys and values: it runs ahead of the others, keys and values of
+// a group alternating, into a ring of 16 KB stages in shared memory. Another copies q and what else comes from the kernel
+// before: only that one has to wait for it, so that keys and values are on their way while that kernel still runs. Eight
+// warps compute; barriers in shared memory say which stages are full and which are free.
 //
 //   keys:    a warp has 32 of the group's tokens: scores^T (tokens x heads) = K (A operand) q^T (B operand).
 //            INT8 keys become fp16 in registers, exactly; scale and zero are applied to the fp32 score:
@@ -24,77 +25,115 @@
 // Weights are scaled by 2^6: below 6e-5 fp16 loses bits, and the values' scales may be small. They stay below
 // 64 * 514 (the largest scale there is), which fp16 holds.
 //
-// The new token is the last position of a row's last split: its keys and values never come from the cache but are
-// written to the ring by the warps that need them first (bit for bit what they write to the cache). That takes a ring
-// that holds all keys of a group: attention.py appends with a kernel of its own where rows are too long for it.
+// The new token is the last position of a row's last split: its keys and values never come from the cache. The warp that
+// copies k and v makes them what the cache will hold, and the warps that need them first put them into the ring. That
+// takes a ring that holds all values of a group: attention.py appends with a kernel of its own where rows are too long.
 //
-// A row of more than one split leaves unnormalised sums per split; the thread block that finishes last (a counter per
-// row and head tile, left at zero) adds them up in the order of the splits. Every number is computed from the row's own
-// context in an order fixed by positions, so a row's result does not depend on the batch.
+// A row's result is that of its splits added up in order, each time rescaled to the larger maximum. A thread block that has
+// all splits of a row does so in registers. Where a row is cut between thread blocks, they leave unnormalised sums
+// in memory, and the one that finishes last (a counter per row and head tile, left at zero) adds them up the same way. Every
+// number is computed from the row's own context in an order fixed by positions, so a row's result does not depend on the
+// batch.
 //
-// Bytes moved: per token and kv head 2 D + 8 (INT8) or 4 D (fp16); the split sums stay in L2.
+// Bytes moved: per token and kv head 2 D + 8 (INT8) or 4 D (fp16); the sums of rows that are cut stay in L2.
 #include "attention_decode_copy.cuh"
 #include "attention_decode_results.cuh"
 #include "attention_decode_state.cuh"
 #include "attention_decode_token.cuh"
+#include "attention_decode_work.cuh"
 
-DEVICE void compute(const Arguments& a, int num_items) {
+struct Computer {
     Place place;
+    Scales scales;
     Side side;
     State state;
-    for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
-        HeadTile tile(a, item);
-        wait_barrier(place.full(), place.parity);
-        SplitEntry entry = *reinterpret_cast<const SplitEntry*>(side.bytes() + SIDE_ENTRY);
-        state.start();
-        int at = entry.start;
-        do {
-            wait_barrier(place.full(), place.parity);
-            int count = min(GROUP, entry.stop - at);
-            NewToken new_token(a, tile, entry, at);
-            if (new_token.token >= 0) new_token.make(place, side.bytes());
-            prepare_queries(a, tile, side.bytes());
-            float scores[KEY_TILES][4];
-            state.multiply_keys(place, side.bytes(), count, scores);
-            state.raise_maxima(scores);
-            state.weigh(side.bytes(), count, scores);
-            if (new_token.token >= 0) new_token.place_value(place, side.bytes());
-            side.release();
-            side.advance();
-            computing_barrier();
-            state.multiply_values(place, count);
-            at += GROUP;
-        } while (at < entry.stop);
-        reduce(state);
-        if (entry.num_splits == 1) {
-            store_result(a, tile, entry, state);
-            continue;
-        }
-        store_sums(a, tile, item / (a.num_kv_heads * a.tiles()), state);
-        if (is_last(a, tile, entry)) combine(a, tile, entry);
-    }
-}
 
+    // One piece; `row` becomes the sum of its splits if it begins with split 0. Otherwise each split gets a record.
+    __device__ __forceinline__ void add_splits(const Arguments& a, const HeadTile& tile, const Piece& piece, Partial& row) {
+        int at = piece.start(), end = piece.end(), length = split_length(piece.context), record = 0;
+        bool is_first = true;
+        prepare_queries(a, tile, side.bytes());
+        row.clear();
+        state.start();
+        do {
+            attend(a, piece, at, min(GROUP, end - at), is_first);
+            is_first = false;
+            at += GROUP;
+            if (at % length != 0 && at < end) continue;
+            Partial split;
+            split.take(state);
+            state.start();
+            if (piece.first == 0)
+                row.add(split);
+            else
+                split.store(record_at(a, first_record(a, piece.share) + record++), tile.num_heads);
+        } while (at < end);
+        release(side.free());
+        side.advance();
+    }
+
+    // The `count` tokens from `at` on
+    __device__ __forceinline__ void attend(const Arguments& a, const Piece& piece, int at, int count, bool is_first) {
+        NewToken new_token(a, piece, at, side);
+        if (is_first) computing_barrier();
+        float scores[KEY_TILES][4];
+        state.multiply_keys(place, new_token, scales.bytes(), count, scores);
+        state.raise_maxima(scores);
+        new_token.place_value_parameters(scales.bytes());
+        state.weigh(scales.bytes(), count, scores);
+        if constexpr (!IS_FP16) {
+            release(scales.free());
+            scales.advance();
+        }
+        new_token.place_value(place);
+        computing_barrier();
+        state.multiply_values(place, count);
+    }
+
+    __device__ __forceinline__ void run(const Arguments& a, const Shares& shares) {
+        while (true) {
+            wait_barrier(side.full(), side.parity);
+            Piece piece = *reinterpret_cast<const Piece*>(side.bytes() + SIDE_PIECE);
+            if (piece.share < 0) return;
+            HeadTile tile(a, piece.tile);
+            Partial row;
+            add_splits(a, tile, piece, row);
+            if (!piece.is_whole()) {
+                if (piece.first == 0) row.store(record_at(a, last_record(a, piece.share)), tile.num_heads);
+                if (!is_last(a, piece)) continue;
+                combine(a, shares, piece, tile.num_heads, row);
+            }
+            store_results(a, tile, piece, row);
+        }
+    }
+};
+
+// max_shares, share_splits (the least that a share has, but for small batches), share_records: see attention_decode_work.cuh
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     attention_decode(const uint16* qkv, uint8* kv_cache, const int* block_tables, const float* table, int* plan,
-                     float* sums, float2* stats, uint16* out, int num_counters, int max_blocks, int num_heads,
-                     int num_kv_heads) {
+                     float* records, uint16* out, int num_counters, int max_blocks, int num_heads, int num_kv_heads,
+                     int max_shares, int share_splits, int share_records) {
     grid_launch_dependents();
-    if (threadIdx.x < STAGES) {
-        init_barrier(shared_address(shared + FULL + threadIdx.x * 8), WARP);
-        init_barrier(shared_address(shared + FREE + threadIdx.x * 8), WARPS);
-    }
-    if (threadIdx.x < NUM_SIDES) init_barrier(shared_address(shared + SIDE_FREE + threadIdx.x * 8), WARPS);
+    init_barriers();
     __syncthreads();
-    grid_wait();
-    Arguments a = {qkv,   kv_cache, block_tables, table,        plan,      sums,
-                   stats, out,      num_counters, max_blocks, num_heads, num_kv_heads};
-    int num_items = plan[0] * num_kv_heads * a.tiles();
-    if (blockIdx.x >= num_items) return;
-    if (threadIdx.x >= COMPUTING) {
-        Producer producer;
-        producer.run(a, num_items);
-    } else {
-        compute(a, num_items);
+    Arguments a = {qkv,       kv_cache,     block_tables, table,        plan,         records,      out, num_counters,
+                   max_blocks, num_heads, num_kv_heads, max_shares, share_splits, share_records};
+    // Without a table the kernel just before has written to the cache. Otherwise nobody has since the plan was made, and
+    // plan and cache can be read at once (see attention_plan.cu).
+    if (table == nullptr) grid_wait();
+    Shares shares(a);
+    if (blockIdx.x < shares.count) {
+        if (threadIdx.x < COMPUTING) {
+            grid_wait();
+            Computer computer;
+            computer.run(a, shares);
+        } else if (threadIdx.x < COMPUTING + WARP) {
+            CacheCopier copier;
+            copier.run(a, shares);
+        } else {
+            SideCopier copier;
+            copier.run(a, shares);
+        }
     }
+    grid_wait();
 }

@@ -22,8 +22,15 @@ from nibble.kernels.layout import KVLayout
 
 VARIANTS: tuple[Defines, ...] = tuple((("HEAD_DIM", d), ("KV_FP16", f)) for d in HEAD_DIMS for f in (0, 1))
 
-BLOCK = 288  # eight warps that compute, one that copies
+BLOCK = 320  # eight warps that compute, two that copy
 SHARED_BYTES = 113 * 1024
+COMPUTING = 256
+SHARES_PER_BLOCK, SHARE_SPLITS = 8, 2  # at most, at least
+
+
+def record_size(head_dim: int) -> int:
+    """float32 of a thread block's sums, as attention_decode_results.cuh stores them."""
+    return max(1, head_dim // 128) * COMPUTING * 4 + COMPUTING // 2 + HEADS_PER_TILE
 
 
 def attention_decode(
@@ -40,31 +47,34 @@ def attention_decode(
     num_heads = num_query_heads(qkv, layout)
     check_cache(kv_cache, layout)
     group_size, max_blocks = num_heads // layout.num_kv_heads, batch.block_tables.shape[1]
-    item_heads = layout.num_kv_heads * -(-group_size // HEADS_PER_TILE)
-    num_splits = min(len(qkv), ROWS_PER_PLAN) * max_splits(max_blocks)
-    partial_rows = num_splits * item_heads * min(group_size, HEADS_PER_TILE)
-    sums = device.empty((partial_rows, layout.head_dim), np.float32)
-    stats = device.empty((partial_rows, 2), np.float32)
-    out = device.empty((len(qkv), num_heads * layout.head_dim), np.float16)
+    head_tiles = layout.num_kv_heads * -(-group_size // HEADS_PER_TILE)
     blocks_per_multiprocessor = 2 if has_large_shared_memory(device) and layout.head_dim <= 128 else 1
-    most_blocks = blocks_per_multiprocessor * device.num_multiprocessors
+    splits_per_row = max_splits(max_blocks)
+    num_splits = min(len(qkv), ROWS_PER_PLAN) * splits_per_row * head_tiles
+    num_blocks = min(num_splits, blocks_per_multiprocessor * device.num_multiprocessors)
+    max_shares = SHARES_PER_BLOCK * num_blocks
+    share_records = min(splits_per_row, max(SHARE_SPLITS, -(-num_splits // max_shares)) + 1) + 1
+    records = device.empty((max_shares * share_records, record_size(layout.head_dim)), np.float32)
+    out = device.empty((len(qkv), num_heads * layout.head_dim), np.float16)
     kernel = device.kernel("attention_decode", "attention_decode", defines(layout))
     for slice_plan in plan:  # one after the other: they share the memory for partial results
         kernel.launch(
-            (min(num_splits * item_heads, most_blocks), 1, 1),
+            (num_blocks, 1, 1),
             BLOCK,
             qkv,
             kv_cache,
             batch.block_tables,
             table,
             slice_plan,
-            sums,
-            stats,
+            records,
             out,
             np.int32(num_counters_of(layout)),
             np.int32(max_blocks),
             np.int32(num_heads),
             np.int32(layout.num_kv_heads),
+            np.int32(max_shares),
+            np.int32(SHARE_SPLITS),
+            np.int32(share_records),
             shared_bytes=SHARED_BYTES if has_large_shared_memory(device) else SMALL_SHARED_BYTES,
         )
     return out

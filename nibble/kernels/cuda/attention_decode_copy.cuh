@@ -1,69 +1,119 @@
-// Decode attention, see attention_decode.cu: the warp that copies.
+// Decode attention, see attention_decode.cu: the warps that copy.
 #pragma once
-#include "attention_decode.cuh"
+#include "attention_decode_token.cuh"
+#include "attention_decode_work.cuh"
 
 DEVICE void copy_pieces(uint32 to, const void* from, int num_pieces) {
     for (int i = threadIdx.x % WARP; i < num_pieces; i += WARP)
         copy_16_async(to + i * PIECE, static_cast<const uint8*>(from) + i * PIECE);
 }
 
-// The copying warp. Lane l has word l of the item's entry.
-struct Producer {
-    Place place;
+// Everything but keys and values in the cache: waits for the kernel before, as late as possible. Makes the new token's.
+struct SideCopier {
     Side side;
 
-    __device__ __forceinline__ void run(const Arguments& a, int num_items) {
-        int lane = threadIdx.x % WARP, word_index = min(lane, int(sizeof(SplitEntry)) / 4 - 1);
-        int next = a.entry(blockIdx.x)[word_index];
-        for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
-            int word = next;
-            if (item + gridDim.x < num_items) next = a.entry(item + gridDim.x)[word_index];
-            HeadTile tile(a, item);
-            int row = __shfl_sync(FULL_WARP, word, 0), sequence = __shfl_sync(FULL_WARP, word, 1);
-            int start = __shfl_sync(FULL_WARP, word, 2), stop = __shfl_sync(FULL_WARP, word, 3);
-            int context = __shfl_sync(FULL_WARP, word, 4);
-            int block = __shfl_sync(FULL_WARP, word, 8 + lane % ENTRY_BLOCKS);
-            int at = start;
-            do {  // once for an empty split, too
-                if (at > start) {
-                    int index = at / BLOCK_TOKENS + lane % ENTRY_BLOCKS;
-                    block = index * BLOCK_TOKENS < stop ? a.block_tables[int64(sequence) * a.max_blocks + index] : 0;
-                }
-                bool has_new = a.has_new_token(at, stop, context);
-                int used = min(GROUP, stop - at), cached = used - has_new;
-                wait_barrier(side.free(), side.parity ^ 1);
-                wait_barrier(place.free(), place.parity ^ 1);
-                copy_item(a, item, tile, row, context);
-                if (has_new) copy_new_token(a, tile, row);
-                if constexpr (!IS_FP16) copy_parameters(a, tile, block, cached);
-                copy_group(a, tile, block, cached, used, 0);
-                copy_group(a, tile, block, cached, used, 1);
-                side.advance();
-                at += GROUP;
-            } while (at < stop);
+    __device__ __forceinline__ void copy(const Arguments& a, const Piece& piece) {
+        HeadTile tile(a, piece.tile);
+        bool has_new = piece.has_new_token(a);
+        int block = has_new ? a.block(piece.sequence, (piece.context - 1) / BLOCK_TOKENS) : 0;
+        wait_barrier(side.free(), side.parity ^ 1);
+        uint32 to = shared_address(side.bytes());
+        if (threadIdx.x % WARP == 0) {
+            *reinterpret_cast<Piece*>(side.bytes() + SIDE_PIECE) = piece;
+            arrive(side.full());
+        }
+        if (a.table != nullptr && piece.context > 0)
+            copy_pieces(to + SIDE_TABLE, a.table + int64(piece.context - 1) * D, D * 4 / PIECE);
+        grid_wait();
+        const uint16* row = a.qkv + int64(piece.row) * a.row_size();
+        const uint16* q = row + tile.first_head * D;
+        constexpr int HEAD_PIECES = 2 * D / PIECE;
+        for (int i = threadIdx.x % WARP; i < tile.num_heads * HEAD_PIECES; i += WARP)
+            copy_16_async(to + i / HEAD_PIECES * Q_STRIDE + i % HEAD_PIECES * PIECE, q + i * (PIECE / 2));
+        if (has_new) {
+            const uint16* k = row + (a.num_heads + tile.kv_head) * D;
+            copy_pieces(to + SIDE_KEY, k, 2 * D / PIECE);
+            copy_pieces(to + SIDE_VALUE, k + a.num_kv_heads * D, 2 * D / PIECE);
+        }
+        arrive_after_copies(side.full());
+        if (has_new) {
+            commit_copies();
+            wait_copies<0>();
+            __syncwarp();
+        }
+        NewTokenMaker maker(a, tile, piece, block, side.bytes());
+#pragma unroll
+        for (int which = 0; which < 2; which++) {
+            if (has_new) maker.make(which);
+            if (threadIdx.x % WARP == 0) arrive(side.has_new(which));
+        }
+        side.advance();
+    }
+
+    __device__ __forceinline__ void run(const Arguments& a, const Shares& shares) {
+        ShareSlot slot;
+        for (int share = blockIdx.x; share >= 0; slot.advance()) {
+            for_each_piece(a, shares, share, [&](const Piece& piece) { copy(a, piece); });
+            wait_barrier(slot.full(), slot.parity);
+            share = *slot.number();
+            __syncwarp();
+            if (threadIdx.x % WARP == 0) arrive(slot.free());
+        }
+        wait_barrier(side.free(), side.parity ^ 1);
+        if (threadIdx.x % WARP == 0) {
+            reinterpret_cast<Piece*>(side.bytes() + SIDE_PIECE)->share = -1;
+            arrive(side.full());
+        }
+        arrive_after_copies(side.full());
+    }
+};
+
+// Keys and values, group by group. Does not wait for the kernel before: what it reads was there when the plan was made.
+struct CacheCopier {
+    Place place;
+    Scales scales;
+
+    __device__ __forceinline__ void copy(const Arguments& a, const Piece& piece) {
+        HeadTile tile(a, piece.tile);
+        int at = piece.start(), end = piece.end(), next = block_of_lane(a, piece, at, end);
+        do {  // once for an empty piece, too
+            int block = next;
+            next = block_of_lane(a, piece, at + GROUP, end);
+            int used = min(GROUP, end - at), cached = used - piece.has_new_token(a, at);
+            if constexpr (!IS_FP16) {
+                wait_barrier(scales.free(), scales.parity ^ 1);
+                copy_parameters(a, tile, block, cached);
+                scales.advance();
+            }
+            copy_group(a, tile, block, cached, used, 0);
+            copy_group(a, tile, block, cached, used, 1);
+            at += GROUP;
+        } while (at < end);
+    }
+
+    __device__ __forceinline__ void run(const Arguments& a, const Shares& shares) {
+        ShareSlot slot;
+        for (int share = blockIdx.x; share >= 0; slot.advance()) {
+            for_each_piece(a, shares, share, [&](const Piece& piece) { copy(a, piece); });
+            grid_wait();
+            if (threadIdx.x % WARP == 0) {
+                share = shares.take(a);
+                wait_barrier(slot.free(), slot.parity ^ 1);
+                *slot.number() = share;
+                arrive(slot.full());
+            }
+            share = __shfl_sync(FULL_WARP, share, 0);
         }
     }
 
-    __device__ __forceinline__ void copy_item(const Arguments& a, int item, const HeadTile& tile, int row,
-                                              int context) const {
-        uint32 to = shared_address(side.bytes());
-        copy_pieces(to + SIDE_ENTRY, a.entry(item), sizeof(SplitEntry) / PIECE);
-        const uint16* q = a.qkv + int64(row) * a.row_size() + tile.first_head * D;
-        constexpr int HEAD_PIECES = 2 * D / PIECE;
-        for (int i = threadIdx.x % WARP; i < tile.num_heads * HEAD_PIECES; i += WARP)
-            copy_16_async(to + SIDE_Q + i / HEAD_PIECES * Q_STRIDE + i % HEAD_PIECES * PIECE, q + i * (PIECE / 2));
-        if (a.table != nullptr && context > 0)
-            copy_pieces(to + SIDE_TABLE, a.table + int64(context - 1) * D, D * 4 / PIECE);
+    // Lane l has the block of tokens at + 64 (l % 4) and on, 0 where there is none
+    static __device__ __forceinline__ int block_of_lane(const Arguments& a, const Piece& piece, int at, int end) {
+        int index = at / BLOCK_TOKENS + threadIdx.x % GROUP_BLOCKS;
+        return index * BLOCK_TOKENS < end ? a.block(piece.sequence, index) : 0;
     }
 
-    __device__ __forceinline__ void copy_new_token(const Arguments& a, const HeadTile& tile, int row) const {
-        const uint16* k = a.qkv + int64(row) * a.row_size() + (a.num_heads + tile.kv_head) * D;
-        copy_pieces(shared_address(side.bytes() + SIDE_KEY), k, 2 * D / PIECE);
-        copy_pieces(shared_address(side.bytes() + SIDE_VALUE), k + a.num_kv_heads * D, 2 * D / PIECE);
-    }
-
-    __device__ __forceinline__ const uint8* head_block(const Arguments& a, const HeadTile& tile, int block,
-                                                       int index) const {
+    static __device__ __forceinline__ const uint8* head_block(const Arguments& a, const HeadTile& tile, int block,
+                                                              int index) {
         int64 id = __shfl_sync(FULL_WARP, block, index);
         return a.kv_cache + (id * a.num_kv_heads + tile.kv_head) * HEAD_BLOCK_BYTES;
     }
@@ -73,9 +123,9 @@ struct Producer {
         constexpr int PIECES = BLOCK_TOKENS * 4 / PIECE;  // of keys; then as many of values
         static_assert(2 * PIECES == WARP, "one pass");
         int piece = threadIdx.x % PIECES, is_value = threadIdx.x % WARP / PIECES;
-        uint32 to = shared_address(side.bytes()) + is_value * SIDE_VALUE_PARAMETERS + piece * PIECE;
+        uint32 to = shared_address(scales.bytes()) + is_value * PARAMETER_BYTES + piece * PIECE;
 #pragma unroll 1
-        for (int b = 0; b < ENTRY_BLOCKS; b++) {
+        for (int b = 0; b < GROUP_BLOCKS; b++) {
             const uint8* from = head_block(a, tile, block, b) + KEY_PARAMETERS + (threadIdx.x % WARP) * PIECE;
             if (b * BLOCK_TOKENS + piece * 4 < cached) copy_16_async(to + b * BLOCK_TOKENS * 4, from);
         }
@@ -87,7 +137,7 @@ struct Producer {
         constexpr int RUN = STAGE < BLOCK_TOKENS ? STAGE : BLOCK_TOKENS;  // tokens that lie one after the other
 #pragma unroll 1
         for (int first = 0; first < max(used, 1); first += STAGE) {
-            if (which == 1 || first > 0) wait_barrier(place.free(), place.parity ^ 1);
+            wait_barrier(place.free(), place.parity ^ 1);
             uint8* stage = place.bytes();
 #pragma unroll 1
             for (int run = first; run < first + STAGE; run += RUN) {

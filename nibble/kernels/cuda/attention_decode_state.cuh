@@ -1,12 +1,13 @@
 // Decode attention, see attention_decode.cu: what the computing warps do with a group's keys and values.
 #pragma once
-#include "attention_decode.cuh"
+#include "attention_decode_token.cuh"
+#include "attention_decode_work.cuh"
 
 // q of a tile's heads in the side becomes the B operand: rotated, for INT8 keys permuted (each 4 elements as 0, 2, 1, 3);
-// q's sums. Each warp has one head.
+// q's sums. Each warp has one head; a barrier must follow.
 DEVICE void prepare_queries(const Arguments& a, const HeadTile& tile, uint8* side) {
     int head = threadIdx.x / WARP;
-    uint16* at = reinterpret_cast<uint16*>(side + SIDE_Q + head * Q_STRIDE);
+    uint16* at = reinterpret_cast<uint16*>(side + head * Q_STRIDE);
     HeadRow row;
     row.load(at);
     if (head >= tile.num_heads) row.clear();
@@ -19,14 +20,13 @@ DEVICE void prepare_queries(const Arguments& a, const HeadTile& tile, uint8* sid
         float sum = warp_sum(row.sum());
         if (threadIdx.x % WARP == 0) reinterpret_cast<float*>(shared + Q_SUMS)[head] = sum;
     }
-    computing_barrier();
 }
 
 constexpr float SCORE_SCALE = (D == 64 ? 0.125f : D == 96 ? 0.10206207262f : D == 128 ? 0.08838834765f : 0.0625f) *
                               1.44269504089f;  // 1 / sqrt(D), and softmax in powers of two
 constexpr float WEIGHT_EXPONENT = 6.0f;
 
-// The state of an item. Lane (g, t) of every warp: maxima and sums of heads 2t, 2t + 1; acc: D-fragments of out^T.
+// The state of a split. Lane (g, t) of every warp: maxima and sums of heads 2t, 2t + 1; acc: D-fragments of out^T.
 struct State {
     float maximum[2], total[2], zeros[2];  // total and zeros: of this lane's tokens alone; scaled by 2^6
     float acc[WARP_DIM_TILES][2][4];       // steps of 16 tokens alternate between two sums: products wait less
@@ -47,7 +47,7 @@ struct State {
     static __device__ __forceinline__ void products(const uint8* stage, int row, const uint8* side, float (&scores)[4]) {
         int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
         uint32 from = shared_address(stage);
-        const uint8* q_from = side + SIDE_Q + g * Q_STRIDE + t * (IS_FP16 ? 4 : 8);
+        const uint8* q_from = side + g * Q_STRIDE + t * (IS_FP16 ? 4 : 8);
         scores[0] = scores[1] = scores[2] = scores[3] = 0.0f;
 #pragma unroll
         for (int p = 0; p < Rows::PIECES; p += 2) {
@@ -71,7 +71,7 @@ struct State {
 
     // Scores of this warp's two tiles of a group's tokens, of which `count` count; -inf for those that don't.
     // `place` goes on to the values.
-    __device__ __forceinline__ void multiply_keys(Place& place, const uint8* side, int count,
+    __device__ __forceinline__ void multiply_keys(Place& place, const NewToken& new_token, uint8* scales, int count,
                                                   float (&scores)[KEY_TILES][4]) const {
         int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4;
         float2 q_sums = reinterpret_cast<const float2*>(shared + Q_SUMS)[threadIdx.x % 4];  // of heads 2t and 2t + 1
@@ -87,25 +87,26 @@ struct State {
                 int token = (warp + i * WARPS) * 16;
                 bool may_be_here = STAGE == GROUP || s * STAGE / (16 * WARPS) == i;
                 if (!may_be_here || token / STAGE != s) continue;
-                products(place.bytes(), token % STAGE, side, scores[i]);
+                if (new_token.is_in_tile(token / 16)) new_token.place_key(place.bytes(), scales);
+                products(place.bytes(), token % STAGE, new_token.side.bytes(), scores[i]);
 #pragma unroll
                 for (int r = 0; r < 2; r++) 
-                    scale(side, token + 8 * r + g, count, q_sums, scores[i][2 * r], scores[i][2 * r + 1]);
+                    scale(scales, token + 8 * r + g, count, q_sums, scores[i][2 * r], scores[i][2 * r + 1]);
             }
-            place.release();
+            release(place.free());
             place.advance();
         }
     }
 
     // The scores of a token with this lane's two heads
-    static __device__ __forceinline__ void scale(const uint8* side, int token, int count, float2 q_sums, float& first,
+    static __device__ __forceinline__ void scale(const uint8* scales, int token, int count, float2 q_sums, float& first,
                                                  float& second) {
         float scale = SCORE_SCALE;
         if constexpr (IS_FP16) {
             first *= scale;
             second *= scale;
         } else {
-            uint32 parameters = reinterpret_cast<const uint32*>(side)[token];
+            uint32 parameters = reinterpret_cast<const uint32*>(scales)[token];
             scale *= low_half(parameters);
             float zero = high_half(parameters) * SCORE_SCALE;
             first = fmaf(zero, q_sums.x, first * scale);
@@ -156,7 +157,7 @@ struct State {
     }
 
     // Scores to weights, in shared memory, and their sums
-    __device__ __forceinline__ void weigh(const uint8* side, int count, const float (&scores)[KEY_TILES][4]) {
+    __device__ __forceinline__ void weigh(const uint8* scales, int count, const float (&scores)[KEY_TILES][4]) {
         int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
         uint16* weights = reinterpret_cast<uint16*>(shared + WEIGHTS + 2 * t * WEIGHT_STRIDE);
         float base[2];
@@ -170,7 +171,7 @@ struct State {
                 int token = (warp + i * WARPS) * 16 + 8 * r + g;
                 float scale = 1.0f, zero = 0.0f;
                 if constexpr (!IS_FP16) {
-                    uint32 parameters = reinterpret_cast<const uint32*>(side + SIDE_VALUE_PARAMETERS)[token];
+                    uint32 parameters = reinterpret_cast<const uint32*>(scales + PARAMETER_BYTES)[token];
                     parameters = token < count ? parameters : 0;  // what is there may be NaN
                     scale = low_half(parameters);
                     zero = high_half(parameters);
@@ -192,7 +193,7 @@ struct State {
             if (s > 0 && s * STAGE >= count) break;
             wait_barrier(place.full(), place.parity);
             if (threadIdx.x < DIM_TILES * TOKEN_PARTS * WARP) multiply_stage(place.bytes(), s * STAGE);
-            place.release();
+            release(place.free());
             place.advance();
         }
     }

@@ -2,11 +2,10 @@
 // What a plan is: attention_plan.cuh. Everything is read from the batch's arrays on the device, so that a captured step
 // plans anew with each replay.
 //
-// One thread block per plan. Bytes moved: 12 per sequence, 64 per entry; what counts is latency, a few us per step.
+// One thread block per plan. Bytes moved: 12 per sequence, 16 per entry; what counts is latency, a few us per step.
 #include "attention_plan.cuh"
 
 constexpr int THREADS = 1024;
-constexpr int BLOCK_TOKENS = 64;  // of a KV block, see layout.py
 constexpr int MAX_SORTED = 2048;
 
 // Sum of x over the threads before this one; `total` is the sum over all. All threads must call it.
@@ -41,11 +40,14 @@ DEVICE int last_not_after(const int* starts, int count, int x) {
 }
 
 // Thread block b plans rows b * ROWS_PER_PLAN and on, at plans + b * plan_size.
+//
+// Lets the next kernel start when the plan is made, not before: kernels start one after the other, so whichever starts
+// later finds the plan, what it was made of, and all that was written before, without grid_wait(). attention_decode.cu
+// relies on that.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    plan_decode(const int* query_starts, const int* context_lens, const int* block_tables, int max_blocks,
-                int num_sequences, int num_rows, int num_counters, int plan_size, int* plans) {
+    plan_decode(const int* query_starts, const int* context_lens, int num_sequences, int num_rows, int num_counters,
+                int plan_size, int* plans) {
     __shared__ int row_sequence[THREADS], row_context[THREADS], row_first[THREADS];
-    grid_launch_dependents();
     grid_wait();
     int* plan = plans + int64(blockIdx.x) * plan_size;
     SplitEntry* entries = reinterpret_cast<SplitEntry*>(plan + PLAN_HEADER + num_counters);
@@ -56,8 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         int row = first_row + threadIdx.x;
         int sequence = num_sequences == num_rows ? row : last_not_after(query_starts, num_sequences, row);
         int context = max(0, context_lens[sequence] - (query_starts[sequence + 1] - 1 - row));
-        int length = split_length(context);
-        splits = max(1, (context + length - 1) / length);
+        splits = num_splits(context);
         row_sequence[threadIdx.x] = sequence;
         row_context[threadIdx.x] = context;
     }
@@ -66,27 +67,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     row_first[threadIdx.x] = first;
     __syncthreads();
 
-    if (threadIdx.x == 0) plan[0] = num_entries;
+    if (threadIdx.x == 0) plan[0] = num_entries, plan[PLAN_TAKEN] = 0;
     for (int i = threadIdx.x; i < num_counters; i += THREADS) plan[PLAN_HEADER + i] = 0;
     for (int i = threadIdx.x; i < num_entries; i += THREADS) {
         int r = last_not_after(row_first, rows, i);
-        int context = row_context[r], length = split_length(context), start = (i - row_first[r]) * length;
-        SplitEntry entry;
-        entry.row = first_row + r;
-        entry.sequence = row_sequence[r];
-        entry.start = start;
-        entry.stop = min(start + length, context);
-        entry.context = context;
-        entry.first_entry = row_first[r];
-        entry.num_splits = (r + 1 < rows ? row_first[r + 1] : num_entries) - row_first[r];
-        entry.unused = 0;
-        const int* table = block_tables + int64(entry.sequence) * max_blocks;
-        for (int b = 0; b < ENTRY_BLOCKS; b++) {
-            int block = start / BLOCK_TOKENS + b;
-            entry.blocks[b] = block * BLOCK_TOKENS < entry.stop ? table[block] : 0;
-        }
-        entries[i] = entry;
+        entries[i] = {first_row + r, row_sequence[r], row_context[r], row_first[r]};
     }
+    __threadfence();
+    __syncthreads();
+    grid_launch_dependents();
 }
 
 // Thread block g plans for groups of g + 1 query heads per kv head, at plans + g * plan_size: tiles of as many tokens as

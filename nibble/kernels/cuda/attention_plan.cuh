@@ -3,8 +3,8 @@
 #include "common.cuh"
 
 // DECODE: one query row's context is cut into splits of a length that depends on that context alone, so that the row's
-// result does not depend on the batch. SPLIT_TOKENS keeps a batch of one spread over the device; MAX_SPLITS bounds the
-// memory for partial results.
+// result does not depend on the batch. SPLIT_TOKENS keeps a batch of one spread over the device; MAX_SPLITS bounds what
+// the thread block has to read that puts a row's splits together.
 constexpr int SPLIT_TOKENS = 256;
 constexpr int MAX_SPLITS = 32;
 
@@ -13,22 +13,24 @@ DEVICE int split_length(int num_tokens) {
     return max(1, (num_tokens + quantum - 1) / quantum) * SPLIT_TOKENS;
 }
 
-// One (query row, split). A row of no context at all has one empty split.
-constexpr int ENTRY_BLOCKS = 4;
+// At least one: a row of no context at all has an empty split.
+DEVICE int num_splits(int num_tokens) {
+    int length = split_length(num_tokens);
+    return max(1, (num_tokens + length - 1) / length);
+}
+
+// One split of a row: the same for all of a row's splits, so that the row of any split is found in one step.
 struct __align__(16) SplitEntry {
     int row;
     int sequence;
-    int start, stop;   // positions start .. stop - 1
-    int context;       // positions that the row sees: 0 .. context - 1
-    int first_entry;   // of the row's splits, which lie one after the other
-    int num_splits;
-    int unused;
-    int blocks[ENTRY_BLOCKS];  // of its first 4 * 64 tokens; 0 where there is none
+    int context;      // positions that the row sees: 0 .. context - 1
+    int first_entry;  // of the row's splits, which lie one after the other
 };
 
-// A plan of DECODE, for up to ROWS_PER_PLAN rows: the number of entries, padding to 16 bytes, zeroed counters (one per row and
-// head tile, left at zero by every kernel that uses them), entries.
+// A plan of DECODE, for up to ROWS_PER_PLAN rows: the number of entries, a counter of shares of work that are taken, padding to
+// 16 bytes, counters (one per row and head tile), entries. Counters are zero, and left so by every kernel that uses them.
 constexpr int PLAN_HEADER = 4;
+constexpr int PLAN_TAKEN = 1;
 constexpr int ROWS_PER_PLAN = 256;
 
 // One (sequence, query tile) of PREFILL. The plan: the number of entries, padding to 16 bytes, entries.

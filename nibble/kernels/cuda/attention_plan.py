@@ -23,7 +23,7 @@ SPLIT_TOKENS = 256
 MAX_SPLITS = 32
 ROWS_PER_PLAN = 256
 HEADER = 4  # int32
-SPLIT_ENTRY = 12  # int32
+SPLIT_ENTRY = 4  # int32
 TILE_ENTRY = 4  # int32
 BLOCK = 1024
 
@@ -57,8 +57,6 @@ def plan_attention(
         BLOCK,
         batch.query_starts,
         batch.context_lens,
-        batch.block_tables,
-        np.int32(max_blocks),
         np.int32(num_sequences),
         np.int32(num_tokens),
         np.int32(num_counters),
