@@ -1,7 +1,8 @@
-"""Launcher of `int4_linear.cu`, and the choice of implementation by mode; what is computed: `interface.py`.
+"""Launcher of `int4_linear.cu`, and the choice of implementation by mode and device; what is computed: `interface.py`.
 
-DECODE, and PREFILL of few tokens: the fused kernel. PREFILL of many: the weight is dequantised to a scratch matrix
-(the same fp16 values) that cuBLAS multiplies, see `gemm.py`.
+DECODE, and PREFILL of few tokens: a fused kernel, int4_linear.cu unless the device's architecture has one of its own.
+PREFILL of many: the weight is dequantised to a scratch matrix (the same fp16 values) that cuBLAS multiplies, see
+`gemm.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from nibble.kernels.layout import FRAGMENT, GROUP_SIZES, TILE_COLUMNS, TILE_ROWS
 
 VARIANTS: tuple[Defines, ...] = tuple((("GROUP_SIZE", size),) for size in GROUP_SIZES)
 
-HOPPER = "sm_90a"
 MAX_TOKENS = 64  # of a thread block; more are cut into chunks
 THREADS = 128
 # Blocks that a launch is cut into along K, at least: several for each of an H100's 132 multiprocessors. A constant and
@@ -69,14 +69,9 @@ def int4_linear(
     out = residual
     if out is None:
         out = device.empty((num_tokens, weight.out_features // (2 if gated else 1)), np.float16)
-    if num_tokens == 0:
-        pass
-    elif device.architecture != HOPPER:
-        _launch(device, x, weight, bias, out, gated)
-    elif num_tokens <= int4_mma.MAX_TOKENS and weight.in_features % int4_mma.PANEL_COLUMNS == 0:
-        int4_mma.int4_mma(device, x, weight, bias, out, gated)
-    else:
-        int4_wgmma(device, x, weight, bias, out, gated)
+    if num_tokens:
+        launch = LAUNCHERS.get(device.architecture, int4_general)
+        launch(device, x, weight, bias, out, gated)
     return out
 
 
@@ -103,7 +98,16 @@ def num_tiles_per_slice(num_rows: int, num_columns: int) -> int:
     return -(-tiles // num_slices)
 
 
-def _launch(device: Device, x: Array, weight: Int4Weight, bias: Array | None, out: Array, gated: bool) -> None:
+def int4_hopper(device: Device, x: Array, weight: Int4Weight, bias: Array | None, out: Array, gated: bool) -> None:
+    """As `int4_general`, on sm_90a; its two kernels give the same bits."""
+    if x.shape[0] <= int4_mma.MAX_TOKENS and weight.in_features % int4_mma.PANEL_COLUMNS == 0:
+        int4_mma.int4_mma(device, x, weight, bias, out, gated)
+    else:
+        int4_wgmma(device, x, weight, bias, out, gated)
+
+
+def int4_general(device: Device, x: Array, weight: Int4Weight, bias: Array | None, out: Array, gated: bool) -> None:
+    """`int4_linear` on any device, with the arguments checked; out is fp16, or the float32 residual."""
     num_tokens, num_columns = x.shape
     tiles_per_slice = num_tiles_per_slice(weight.out_features, num_columns)
     num_slices = -(-num_columns // (tiles_per_slice * TILE_COLUMNS))
@@ -124,3 +128,6 @@ def _launch(device: Device, x: Array, weight: Int4Weight, bias: Array | None, ou
             *(np.int32(tiles_per_slice), np.int32(gated)),
             shared_bytes=shape.shared_bytes(weight.group_size),
         )
+
+
+LAUNCHERS = {"sm_90a": int4_hopper}  # other devices use int4_general

@@ -1,4 +1,7 @@
-"""int4_linear against the matrix in float64, its weights rounded to fp16 as the kernels do."""
+"""int4_linear against the matrix in float64, its weights rounded to fp16 as the kernels do.
+
+All of it twice on a device whose architecture has a kernel of its own: with that one, and with the one of all others.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from tests.kernels import reference
 
 if TYPE_CHECKING:
     from nibble.kernels.cuda.backend import CUDAKernels
+    from nibble.kernels.cuda.device import Device
 
 pytestmark = pytest.mark.gpu
 
@@ -34,6 +38,16 @@ SHAPES = [
     (256, 14336, 128),
 ]
 NUM_TOKENS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 100, 130)
+
+
+@pytest.fixture(params=["own kernel", "general kernel"], autouse=True)
+def _which_kernel(request: pytest.FixtureRequest, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nibble.kernels.cuda import int4_linear
+
+    if device.architecture not in int4_linear.LAUNCHERS and request.param == "own kernel":
+        pytest.skip(f"{device.architecture} has none of its own")
+    if request.param == "general kernel":
+        monkeypatch.setattr(int4_linear, "LAUNCHERS", {})
 
 
 @dataclass(frozen=True)
