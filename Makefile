@@ -11,10 +11,10 @@ PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve chat bench bench-gpu install dev check format test test-gpu kernels lock clean
+.PHONY: help serve chat bench bench-gpu install dev check format test test-gpu sanitize-gpu kernels lock clean
 
 help: ## Show the commands
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 serve: $(VENV)/serve.stamp ## Serve a model (MODEL=file.gguf or directory, PORT=8000; default: the demo model)
 	@exec $(BIN)/nibble serve $(if $(MODEL),--model '$(MODEL)') $(if $(PORT),--port '$(PORT)') $(ARGS)
@@ -50,6 +50,14 @@ test: $(VENV)/dev.stamp ## The whole test suite that needs no GPU
 
 test-gpu: $(VENV)/dev.stamp ## The tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# Each in a process of its own, after one without a tool that fills the cache of kernels. A finding is an error.
+sanitize-gpu: $(VENV)/dev.stamp ## Every CUDA kernel on small cases under compute-sanitizer (memcheck, racecheck, ...)
+	$(BIN)/python -m tests.kernels.cuda.sanitize
+	compute-sanitizer --tool memcheck --report-api-errors no --padding 512 --error-exitcode 1 $(BIN)/python -m tests.kernels.cuda.sanitize
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m tests.kernels.cuda.sanitize
+	compute-sanitizer --tool synccheck --error-exitcode 1 $(BIN)/python -m tests.kernels.cuda.sanitize
+	compute-sanitizer --tool initcheck --error-exitcode 1 $(BIN)/python -m tests.kernels.cuda.sanitize
 
 kernels: $(VENV)/dev.stamp ## Compile the CUDA kernels for all architectures (no GPU needed)
 	$(BIN)/python -m nibble.kernels.cuda.build $(ARGS)

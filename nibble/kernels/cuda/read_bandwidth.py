@@ -26,10 +26,10 @@ def read_bandwidth(device: Device) -> float:
     num_bytes = min(device.arena.free_bytes, MAX_BYTES) // RUN_BYTES * RUN_BYTES
     with device.arena.scope():
         data = device.empty((num_bytes,), np.uint8) if num_bytes >= MIN_BYTES else cupy.empty(MIN_BYTES, np.uint8)
-        return _measure(device, data)
+        return measure(device, data)
 
 
-def _measure(device: Device, data: cupy.ndarray) -> float:
+def measure(device: Device, data: cupy.ndarray) -> float:
     grid = (BLOCKS_PER_MULTIPROCESSOR * device.num_multiprocessors, 1, 1)
     num_vectors = np.int64(data.nbytes // 16)
     device.kernel("read_bandwidth", "fill_random").launch(grid, BLOCK, data, num_vectors)
