@@ -7,12 +7,13 @@ Weights have about unit gain, so that activations stay finite and of a usual siz
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nibble.engine.checkpoint.native import Checkpoint
+from nibble.engine.checkpoint.native import Checkpoint, write_checkpoint
 from nibble.engine.checkpoint.schema import FORMAT_VERSION, Description, LinearFormat, linear_sizes, tensor_specs
 from nibble.engine.model_config import ModelConfig, RopeConfig
 from nibble.kernels.layout import TILE_ROWS
@@ -97,6 +98,11 @@ class RandomCheckpoint(Checkpoint):
         if name.endswith("norm"):
             return self._rng.uniform(0.7, 1.3, shape).astype(np.float32)
         return self._rng.normal(0, 0.3, shape).astype(np.float32)
+
+    def write(self, directory: Path) -> None:
+        """As `model.safetensors` of a native checkpoint directory, which exists."""
+        arrays = ((name, self.array(name)) for name in self.names)
+        write_checkpoint(directory, self.config, arrays, int4=self._description.int4, int8=self._description.int8)
 
     def _int4(self, linear: LinearFormat) -> npt.NDArray[np.uint8]:
         if linear not in self._packed:
