@@ -25,11 +25,8 @@ chat: $(VENV)/serve.stamp ## Chat with the running service in the terminal
 bench: $(VENV)/dev.stamp ## Measure the engine beside transformers and llama.cpp on this machine
 	@exec $(BIN)/python -m loadtest.engine_speed $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
-bench-gpu: $(VENV)/dev.stamp ## Measure the CUDA kernels, and the engine with random weights of an 8B model
-	$(BIN)/python -m nibble.kernels.cuda.bench_int4
-	$(BIN)/python -m nibble.kernels.cuda.bench_head
-	$(BIN)/python -m nibble.kernels.cuda.bench_attention
-	$(BIN)/python -m loadtest.gpu_engine $(ARGS)
+bench-gpu: $(VENV)/dev.stamp ## Measure the CUDA kernels, the engine with random weights of four models, a start
+	$(BIN)/python -m loadtest.gpu_bench $(ARGS)
 
 install: $(VENV)/serve.stamp ## Install what `make serve` needs, without starting it
 

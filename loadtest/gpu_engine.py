@@ -13,9 +13,7 @@ all in the numbers; gateway and broker are not. Greedy, INT8 KV cache. Three kin
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,6 +23,8 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from loadtest.gpu import GPU, PACKAGES, this_gpu
+from loadtest.gpu_report import EngineSpeed
 from loadtest.machine import Machine, this_machine
 from loadtest.random_model import SHAPES, RandomCheckpoint
 from loadtest.step_timing import Bench, Decode, Prefill, Workload
@@ -46,36 +46,13 @@ WORKLOADS = (  # batch, input tokens, output tokens
 PREFILLS = (512, 2048, 8192)
 DECODE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DECODE_CONTEXTS = (1024, 4096)
-_PACKAGES = ("numpy", "cupy-cuda13x", "cuda-bindings", "nvidia-cuda-nvrtc")
-
-
-class GPU(msgspec.Struct, frozen=True, kw_only=True):
-    name: str
-    driver: str
-    memory_mib: int
-    read_bandwidth: float  # bytes per second, measured
-
-
-class Start(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds since the process began until ..."""
-
-    imported_s: float
-    engine_ready_s: float
-    first_token_s: float
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """Medians. What does not fit into the KV cache is left out."""
-
     machine: Machine
     gpu: GPU | None
     device: str
-    model: str
-    kv_cache_tokens: int
-    start: Start
-    workloads: list[Workload]
-    prefill: list[Prefill]
-    decode: list[Decode]
+    engine: EngineSpeed
 
 
 def median_of(rounds: int, measure: Callable[[], Any]) -> Any:
@@ -95,8 +72,7 @@ def make_kernels(device: str) -> Kernels:
 
 
 def measure(options: argparse.Namespace, console: Console) -> Report:
-    began_s = process_start_s()
-    imported_s = time.time() - began_s
+    machine = this_machine(PACKAGES)
     kernels = make_kernels(options.device)
     limits = EngineLimits(
         kv_cache_bytes=(2 << 30) if options.device == "cpu" else None,
@@ -104,22 +80,17 @@ def measure(options: argparse.Namespace, console: Console) -> Report:
         max_num_batched_tokens=options.max_num_batched_tokens,
     )
     bench = Bench(LLMEngine.load(RandomCheckpoint(SHAPES[options.model]), kernels, limits))
-    engine_ready_s = time.time() - began_s
     bench.prefill(16)
-    start = Start(imported_s=imported_s, engine_ready_s=engine_ready_s, first_token_s=time.time() - began_s)
-    console.print(start)
     read_bandwidth = kernels.read_bandwidth()
-    return Report(
-        machine=this_machine(_PACKAGES),
-        gpu=this_gpu(read_bandwidth) if options.device == "cuda" else None,
-        device=kernels.device_name,
+    engine = EngineSpeed(
         model=options.model,
         kv_cache_tokens=bench.engine.kv_cache_tokens,
-        start=start,
         workloads=list(_workloads(bench, options, console)),
         prefill=list(_prefills(bench, options, console)),
         decode=list(_decodes(bench, options, read_bandwidth, console)),
     )
+    gpu = this_gpu(read_bandwidth) if options.device == "cuda" else None
+    return Report(machine=machine, gpu=gpu, device=kernels.device_name, engine=engine)
 
 
 def _workloads(bench: Bench, options: argparse.Namespace, console: Console) -> Iterator[Workload]:
@@ -149,24 +120,11 @@ def _decodes(bench: Bench, options: argparse.Namespace, read_bandwidth: float, c
                 yield result
 
 
-def this_gpu(read_bandwidth: float) -> GPU:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits", "--id=0"]
-    output = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-    name, driver, memory = (field.strip() for field in (output.strip() or "unknown,unknown,0").split(","))
-    return GPU(name=name, driver=driver, memory_mib=int(memory), read_bandwidth=read_bandwidth)
-
-
-def process_start_s() -> float:
-    """Unix time at which this process began, from /proc."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    uptime_s = float(Path("/proc/uptime").read_text().split()[0])
-    return time.time() - uptime_s + ticks / 100  # USER_HZ is 100 on every Linux
-
-
 def print_tables(report: Report, console: Console) -> None:
-    console.print(f"{report.model} on {report.device}, {report.kv_cache_tokens} tokens of KV cache")
+    engine = report.engine
+    console.print(f"{engine.model} on {report.device}, {engine.kv_cache_tokens} tokens of KV cache")
     table = Table("batch: in/out", "prefill tok/s", "output tok/s", "decode tok/s", title="workloads")
-    for w in report.workloads:
+    for w in engine.workloads:
         decode = f"{w.decode_tokens_per_s:.0f}" if w.decode_tokens_per_s else "-"
         table.add_row(
             f"{w.batch}: {w.input_tokens}/{w.output_tokens}",
@@ -176,11 +134,11 @@ def print_tables(report: Report, console: Console) -> None:
         )
     console.print(table)
     table = Table("batch", "context", "us per step", "tok/s", "of bandwidth", title="decode steps")
-    for d in report.decode:
+    for d in engine.decode:
         share = f"{d.bandwidth_share:.0%}"
         table.add_row(str(d.batch), str(d.context), f"{d.step_us:.0f}", f"{d.tokens_per_s:.0f}", share)
     console.print(table)
-    for p in report.prefill:
+    for p in engine.prefill:
         console.print(f"prefill of {p.tokens}: {p.seconds * 1e3:.1f} ms, {p.tokens_per_s:.0f} tok/s")
 
 

@@ -73,7 +73,9 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str:
-    """The short hash, with `+` after it where files differ from it; empty outside a git checkout."""
+    """The short hash, with `+` after it where files differ from it; of a `git archive` what that wrote into COMMIT."""
+    directory = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10"]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return result.stdout.strip()
+    result = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    archived = (directory / "COMMIT").read_text().strip()
+    return result.stdout.strip() or ("" if archived.startswith("$") else archived)

@@ -18,17 +18,10 @@ from typing import Any
 
 import msgspec
 
+from loadtest.gpu_report import StartTime
+
 PROMPT_TOKENS = 16
 READ_BYTES = 64 << 20
-
-
-class StartTime(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of one start. stages: in order, each from the end of the one before; together they are total_s."""
-
-    model: str
-    weight_bytes: int
-    stages: dict[str, float]
-    total_s: float
 
 
 class Stages:
@@ -61,7 +54,6 @@ class Stages:
 def start(directory: Path, model: str, began_s: float) -> StartTime:
     """What a worker does, in this process."""
     stages = Stages(began_s)
-    stages.end("interpreter")
     from loadtest.step_timing import Bench
     from nibble.engine.limits import EngineLimits
     from nibble.engine.llm_engine import LLMEngine

@@ -2,16 +2,13 @@
 
 Decode: the four linears of all layers as one graph, each layer with weights of its own, which is what an engine step
 runs and is too large for L2; then each shape alone over all its layers. Prefill: each shape alone, T tokens.
-Times are medians by GPU events, of graph replays but for prefill (CuPy refuses to capture
-cuBLAS). The roof is `--bandwidth` for bytes and `--flops` for products.
+Times are medians by GPU events, of graph replays but for prefill (CuPy refuses to capture cuBLAS).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +16,13 @@ import cupy
 import numpy as np
 
 from nibble.kernels.cuda.backend import CUDAKernels
+from nibble.kernels.cuda.bench import Timing, median_us, print_timings
 from nibble.kernels.interface import Int4Weight, Mode
 from nibble.kernels.layout import TILE_COLUMNS, TILE_ROWS, int4_num_bytes
 
 NUM_LAYERS = 32
-REPLAYS = 9
+PREFILL_LAYERS = 2  # of which each shape alone is timed
+RANDOM_ROWS = 256  # of x; more repeat them
 
 
 @dataclass(frozen=True)
@@ -89,47 +88,29 @@ def _random_tiles(rng: np.random.Generator, num_tiles: int, tile_bytes: int) -> 
     return tiles.reshape(-1)
 
 
-def median_us(kernels: CUDAKernels, step: Callable[[], None], captures: bool) -> float:
-    """Of a step, as a graph if it `captures`, after two to warm up."""
-    stream = kernels.device.stream
-    graph = kernels.capture(step) if captures else step
-    events = [cupy.cuda.Event() for _ in range(REPLAYS + 3)]
-    for event in events:
-        event.record(stream)
-        graph()
-    stream.synchronize()
-    times = [cupy.cuda.get_elapsed_time(first, second) for first, second in itertools.pairwise(events[2:])]
-    return float(np.median(times)) * 1e3
-
-
 class Bench:
-    def __init__(self, kernels: CUDAKernels, model: str, bandwidth: float, flops: float, num_layers: int) -> None:
-        self.kernels, self.bandwidth, self.flops = kernels, bandwidth, flops
+    def __init__(self, kernels: CUDAKernels, model: str, num_layers: int) -> None:
+        self.kernels, self.model = kernels, model
         self.shapes, group_size = MODELS[model]
         self.layers = Layers(kernels, self.shapes, group_size, num_layers)
         self.num_layers = num_layers
         self.rng = np.random.default_rng(1)
 
-    def _arrays(self, num_tokens: int) -> list[dict[str, Any]]:
-        """Per shape: x, bias and residual."""
-        arrays = []
-        for shape in self.shapes:
-            x = self.rng.standard_normal((num_tokens, shape.columns)).astype(np.float16)
-            bias = self.rng.standard_normal(shape.rows).astype(np.float32) if shape.has_bias else None
-            residual = np.zeros((num_tokens, shape.rows), np.float32) if shape.adds else None
-            arrays.append(
-                {
-                    "x": self.kernels.to_device(x),
-                    "bias": None if bias is None else self.kernels.to_device(bias),
-                    "residual": None if residual is None else self.kernels.to_device(residual),
-                    "gated": shape.gated,
-                }
-            )
-        return arrays
+    def _arrays(self, shape: Shape, num_tokens: int) -> dict[str, Any]:
+        """x, bias and residual."""
+        rows = self.rng.standard_normal((min(num_tokens, RANDOM_ROWS), shape.columns), np.float32)
+        x = np.resize(rows.astype(np.float16), (num_tokens, shape.columns))
+        bias = self.rng.standard_normal(shape.rows, np.float32) if shape.has_bias else None
+        return {
+            "x": self.kernels.to_device(x),
+            "bias": None if bias is None else self.kernels.to_device(bias),
+            "residual": self.kernels.zeros((num_tokens, shape.rows), np.float32) if shape.adds else None,
+            "gated": shape.gated,
+        }
 
-    def chain(self, num_tokens: int, mode: Mode) -> None:
+    def chain(self, num_tokens: int, mode: Mode) -> Timing:
         """All layers; each linear reads a buffer of its own, but down, which reads what gate_up wrote."""
-        arrays = self._arrays(num_tokens)
+        arrays = [self._arrays(shape, num_tokens) for shape in self.shapes]
 
         def step() -> None:
             for layer in self.layers.weights:
@@ -143,11 +124,11 @@ class Bench:
                         hidden = self.kernels.int4_linear(x, weight, mode=mode, **options)
 
         us = median_us(self.kernels, step, mode is Mode.DECODE)
-        self._report(f"{self.num_layers} layers", num_tokens, us, self.num_layers, range(len(self.shapes)))
+        return self._timing(f"{self.num_layers} layers", num_tokens, us, self.num_layers, range(len(self.shapes)))
 
-    def alone(self, index: int, num_tokens: int, mode: Mode, num_layers: int) -> None:
-        given = self._arrays(num_tokens)[index]
-        x, options = given.pop("x"), given
+    def alone(self, index: int, num_tokens: int, mode: Mode, num_layers: int) -> Timing:
+        options = self._arrays(self.shapes[index], num_tokens)
+        x = options.pop("x")
 
         def step() -> None:
             for layer in self.layers.weights[:num_layers]:
@@ -155,17 +136,28 @@ class Bench:
                     self.kernels.int4_linear(x, layer[index], mode=mode, **options)
 
         us = median_us(self.kernels, step, mode is Mode.DECODE) / num_layers
-        self._report(self.shapes[index].name, num_tokens, us, 1, [index])
+        return self._timing(self.shapes[index].name, num_tokens, us, 1, [index])
 
-    def _report(self, name: str, num_tokens: int, us: float, repeats: int, indices: Sequence[int]) -> None:
+    def _timing(self, name: str, num_tokens: int, us: float, repeats: int, indices: Sequence[int]) -> Timing:
         num_bytes = repeats * sum(self.layers.num_bytes[i] for i in indices)
         flops = repeats * sum(2 * num_tokens * self.shapes[i].rows * self.shapes[i].columns for i in indices)
-        roof_us = max(num_bytes / self.bandwidth, flops / self.flops) * 1e6
-        sys.stdout.write(
-            f"{name:10} T={num_tokens:<5} {us:10.2f} us  {num_bytes / us / 1e6:6.3f} TB/s"
-            f"  {flops / us / 1e6:6.1f} TFLOP/s  {roof_us / us:6.1%} of roof\n"
-        )
-        sys.stdout.flush()
+        return Timing("int4_linear", f"{self.model} {name}, {num_tokens} tokens", us, num_bytes, flops)
+
+
+def timings(
+    kernels: CUDAKernels, model: str, num_layers: int, tokens: list[int], alone: list[int], prefill: list[int]
+) -> Iterator[Timing]:
+    """tokens: of all linears in DECODE mode; alone: of each; prefill: of both in PREFILL mode."""
+    bench = Bench(kernels, model, num_layers)
+    for num_tokens in tokens:
+        yield bench.chain(num_tokens, Mode.DECODE)
+    for num_tokens in alone:
+        for index in range(len(bench.shapes)):
+            yield bench.alone(index, num_tokens, Mode.DECODE, num_layers)
+    for num_tokens in prefill:
+        for index in range(len(bench.shapes)):
+            yield bench.alone(index, num_tokens, Mode.PREFILL, min(PREFILL_LAYERS, num_layers))
+        yield bench.chain(num_tokens, Mode.PREFILL)
 
 
 def main() -> None:
@@ -175,21 +167,10 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048, 8192], help="tokens of prefill")
     parser.add_argument("--alone", type=int, nargs="*", default=[1, 64], help="decode tokens of each shape alone")
     parser.add_argument("--layers", type=int, default=NUM_LAYERS)
-    parser.add_argument("--bandwidth", type=float, default=3.02e12, help="bytes/s")
-    parser.add_argument("--flops", type=float, default=760e12)
     arguments = parser.parse_args()
     kernels = CUDAKernels()
-    sys.stdout.write(f"{kernels.device_name}, {arguments.model}\n")
-    bench = Bench(kernels, arguments.model, arguments.bandwidth, arguments.flops, arguments.layers)
-    for num_tokens in arguments.tokens:
-        bench.chain(num_tokens, Mode.DECODE)
-    for num_tokens in arguments.alone:
-        for index in range(len(bench.shapes)):
-            bench.alone(index, num_tokens, Mode.DECODE, arguments.layers)
-    for num_tokens in arguments.prefill:
-        for index in range(len(bench.shapes)):
-            bench.alone(index, num_tokens, Mode.PREFILL, min(2, arguments.layers))
-        bench.chain(num_tokens, Mode.PREFILL)
+    lists = (arguments.tokens, arguments.alone, arguments.prefill)
+    print_timings(kernels, timings(kernels, arguments.model, arguments.layers, *lists))
 
 
 if __name__ == "__main__":

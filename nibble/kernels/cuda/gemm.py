@@ -45,7 +45,7 @@ def linear(
     slab = max(SLAB_BYTES // (2 * num_columns) // SLAB_ROWS, 1) * SLAB_ROWS
     for first in range(0, num_rows, slab):
         with device.arena.scope():
-            _multiply(x, rows(first, min(slab, num_rows - first)), out, first, residual is not None)
+            multiply(x, rows(first, min(slab, num_rows - first)), out, first, residual is not None)
     if bias is not None:
         add_bias(device, out, bias)
     return out
@@ -62,7 +62,7 @@ def _gated(device: Device, x: cupy.ndarray, rows: Rows, num_rows: int, bias: cup
     return out
 
 
-def _multiply(x: cupy.ndarray, matrix: cupy.ndarray, out: cupy.ndarray, first: int, accumulate: bool) -> None:
+def multiply(x: cupy.ndarray, matrix: cupy.ndarray, out: cupy.ndarray, first: int, accumulate: bool) -> None:
     """out[:, first : first + rows] = or += x @ matrix.T. cuBLAS is column-major: it computes out.T = matrix @ x.T."""
     from cupy.cuda import cublas  # here: DECODE mode needs no cuBLAS library
 
