@@ -18,8 +18,9 @@ from nibble.kernels.cuda.compile import Defines
 from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.int4_dequantize import int4_dequantize
 from nibble.kernels.cuda.int4_wgmma import int4_wgmma
+from nibble.kernels.cuda.linear_arguments import check_arguments
 from nibble.kernels.interface import Array, Int4Weight, Mode
-from nibble.kernels.layout import FRAGMENT, GROUP_SIZES, TILE_COLUMNS, TILE_ROWS, int4_num_bytes
+from nibble.kernels.layout import GROUP_SIZES, TILE_COLUMNS, TILE_ROWS, int4_num_bytes
 
 VARIANTS: tuple[Defines, ...] = tuple((("GROUP_SIZE", size),) for size in GROUP_SIZES)
 
@@ -62,7 +63,9 @@ def int4_linear(
     mode: Mode = Mode.DECODE,
     gated: bool = False,
 ) -> Array:
-    num_tokens = _check(x, weight, bias, residual, gated)
+    check_arguments(x, weight.out_features, weight.in_features, bias, residual, gated)
+    num_tokens, num_bytes = x.shape[0], int4_num_bytes(weight.out_features, weight.in_features, weight.group_size)
+    assert weight.packed.nbytes == num_bytes, f"the weight has {weight.packed.nbytes} bytes, expected {num_bytes}"
     if mode is Mode.PREFILL and num_tokens > MAX_TOKENS:
         rows = functools.partial(int4_dequantize, device, weight)
         return gemm.linear(device, x, rows, weight.out_features, bias, residual, gated)
@@ -73,22 +76,6 @@ def int4_linear(
         launch = LAUNCHERS.get(device.architecture, int4_general)
         launch(device, x, weight, bias, out, gated)
     return out
-
-
-def _check(x: Array, weight: Int4Weight, bias: Array | None, residual: Array | None, gated: bool) -> int:
-    num_tokens, num_columns = int(x.shape[0]), int(x.shape[1])
-    rows = weight.out_features
-    assert x.dtype == np.float16, f"x is {x.dtype}, expected float16"
-    assert num_columns == weight.in_features, f"x has {num_columns} columns, the weight {weight.in_features}"
-    num_bytes = int4_num_bytes(rows, num_columns, weight.group_size)
-    assert weight.packed.nbytes == num_bytes, f"the weight has {weight.packed.nbytes} bytes, expected {num_bytes}"
-    assert bias is None or (bias.shape, bias.dtype) == ((rows,), np.float32), "bias must be float32 (N,)"
-    assert residual is None or (residual.shape, residual.dtype) == ((num_tokens, rows), np.float32), (
-        "residual must be float32 (T, N)"
-    )
-    assert not (gated and residual is not None), "a gated product has no residual"
-    assert not gated or rows % FRAGMENT == 0, f"{rows} rows are not interleaved runs of gate and up"
-    return num_tokens
 
 
 def num_tiles_per_slice(num_rows: int, num_columns: int) -> int:

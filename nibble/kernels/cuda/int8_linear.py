@@ -13,8 +13,8 @@ from nibble.kernels.cuda import gemm
 from nibble.kernels.cuda.compile import Defines
 from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.int8_dequantize import int8_dequantize
+from nibble.kernels.cuda.linear_arguments import check_arguments
 from nibble.kernels.interface import Int8Weight, Mode
-from nibble.kernels.layout import GATE_UP_INTERLEAVE
 
 # CHUNK: columns whose sum is scaled at once. A group of 48 needs 16, of 96 needs 32.
 WHOLE_ROW: Defines = (("CHUNK", 64), ("WHOLE_ROW", 1))
@@ -74,13 +74,8 @@ def int8_linear(
 ) -> cupy.ndarray:
     """See `Kernels.int8_linear`; x and the result are float16, residual and bias float32."""
     num_tokens, num_rows = x.shape[0], weight.out_features
-    _check(x, weight)
-    assert bias is None or (bias.dtype == np.float32 and bias.shape == (num_rows,)), "bias must be float32 (N,)"
-    assert residual is None or not gated, "a gated linear has no residual"
-    assert not gated or num_rows % (2 * GATE_UP_INTERLEAVE) == 0, f"{num_rows} rows are not interleaved runs"
-    if residual is not None:
-        assert residual.dtype == np.float32, f"residual is {residual.dtype}, expected float32"
-        assert residual.shape == (num_tokens, num_rows), f"residual is {residual.shape}, expected (T, N)"
+    check_arguments(x, num_rows, weight.in_features, bias, residual, gated)
+    _check(weight)
     if mode is Mode.PREFILL and num_tokens > PREFILL_TOKENS:
         rows = functools.partial(int8_dequantize, device, weight)
         return gemm.linear(device, x, rows, num_rows, bias, residual, gated)
@@ -96,16 +91,15 @@ def int8_linear(
 
 def logits(device: Device, x: cupy.ndarray, weight: Int8Weight) -> cupy.ndarray:
     """See `Kernels.logits`; x float16."""
-    _check(x, weight)
+    check_arguments(x, weight.out_features, weight.in_features, None, None, False)
+    _check(weight)
     out = device.empty((x.shape[0], weight.out_features), np.float32)
     _launch(device, x, weight, None, out, Output.LOGITS)
     return out
 
 
-def _check(x: cupy.ndarray, weight: Int8Weight) -> None:
+def _check(weight: Int8Weight) -> None:
     num_rows, num_columns = weight.values.shape
-    assert x.dtype == np.float16, f"x is {x.dtype}, expected float16"
-    assert x.shape[1] == num_columns, f"x has {x.shape[1]} columns, the matrix {num_columns}"
     assert weight.values.dtype == np.int8, f"values are {weight.values.dtype}, expected int8"
     assert weight.scales.dtype == np.float16, f"scales are {weight.scales.dtype}, expected float16"
     assert weight.group_size % 16 == 0, f"group size {weight.group_size}, expected a multiple of 16"
