@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from tiny_models import make_tiny_llama
 from transformers import PreTrainedModel
 
 from nibble.engine.block_manager import num_blocks_for
@@ -28,6 +30,46 @@ TEXT = (
     "In the morning the boat brought bread, newspapers, a letter with a blue stamp, and the news that the school would "
     "open again after the summer. The keeper read the letter twice, put it into the drawer, and went up to the lamp."
 )
+
+
+@dataclass(frozen=True)
+class TinyShape:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tied: bool
+    group_size: int
+
+    def __str__(self) -> str:
+        return f"{self.num_heads}-{self.num_kv_heads}-{self.head_dim}"
+
+
+TINY_SHAPES = (
+    TinyShape(9, 3, 64, True, 32),
+    TinyShape(4, 4, 64, False, 64),
+    TinyShape(8, 1, 128, True, 128),
+    TinyShape(5, 5, 96, False, 32),
+)
+
+
+def tiny_logits(directory: Path, kernels: Kernels, shape: TinyShape, mode: Mode) -> tuple[Logits, Logits]:
+    """Of a random model at 150 tokens, with an fp16 cache: (those of `transformers`, ours)."""
+    reference = make_tiny_llama(
+        directory,
+        hidden_size=128 if shape.group_size == 128 else 192,
+        num_layers=2,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=256,
+        vocab_size=500,
+        tied=shape.tied,
+        group_size=shape.group_size,
+        seed=shape.num_heads,
+    )
+    ids = np.random.default_rng(1).integers(0, 500, 150).tolist()
+    logits = all_logits(directory, kernels, ids, KVDtype.FP16, mode, [70, 1, 1, 78])
+    return transformers_logits(reference, ids), logits
 
 
 def all_logits(

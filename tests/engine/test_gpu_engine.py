@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from model_logits import TEXT, Logits, all_logits, generate, kl_divergence, transformers_logits
-from tiny_models import load_as_transformers, make_tiny_llama
+from model_logits import (
+    TEXT,
+    TINY_SHAPES,
+    Logits,
+    TinyShape,
+    all_logits,
+    generate,
+    kl_divergence,
+    tiny_logits,
+    transformers_logits,
+)
+from tiny_models import load_as_transformers
 from transformers import LlamaForCausalLM
 
 from nibble.engine.limits import EngineLimits
@@ -68,31 +78,12 @@ def half_precision_error(reference: LlamaForCausalLM, ids: list[int]) -> tuple[L
     return expected, float(np.abs(half - expected).max()), float(kl_divergence(expected, half).mean())
 
 
-@pytest.mark.parametrize("mode", [Mode.DECODE, Mode.PREFILL])
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "tied", "group_size"),
-    [(9, 3, 64, True, 32), (4, 4, 64, False, 64), (8, 1, 128, True, 128)],
-)
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("shape", TINY_SHAPES, ids=str)
 def test_tiny_llama_gives_the_logits_of_transformers(
-    tmp_path: Path, kernels: CUDAKernels, num_heads: int, num_kv_heads: int, head_dim: int, tied: bool,
-    group_size: int, mode: Mode,
-) -> None:  # fmt: skip
-    reference = make_tiny_llama(
-        tmp_path,
-        hidden_size=128 if group_size == 128 else 192,
-        num_layers=2,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        intermediate_size=256,
-        vocab_size=500,
-        tied=tied,
-        group_size=group_size,
-        seed=num_heads,
-    )
-    ids = np.random.default_rng(1).integers(0, 500, 150).tolist()
-    expected = transformers_logits(reference, ids)
-    logits = all_logits(tmp_path, kernels, ids, KVDtype.FP16, mode, [70, 1, 1, 78])
+    tmp_path: Path, kernels: CUDAKernels, shape: TinyShape, mode: Mode
+) -> None:
+    expected, logits = tiny_logits(tmp_path, kernels, shape, mode)
     # Activations are rounded to fp16 (2^-11 relative) before each product; random weights amplify that.
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
 

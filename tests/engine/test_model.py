@@ -7,8 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_logits import TEXT, Logits, all_logits, generate, kl_divergence, transformers_logits
-from tiny_models import make_tiny_llama
+from model_logits import (
+    TEXT,
+    TINY_SHAPES,
+    Logits,
+    TinyShape,
+    all_logits,
+    generate,
+    kl_divergence,
+    tiny_logits,
+    transformers_logits,
+)
 
 from nibble.engine.limits import EngineLimits
 from nibble.engine.llm_engine import LLMEngine
@@ -23,31 +32,12 @@ def kernels() -> CPUKernels:
     return CPUKernels()
 
 
-@pytest.mark.parametrize("mode", [Mode.DECODE, Mode.PREFILL])
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim", "tied", "group_size"),
-    [(9, 3, 64, True, 32), (4, 4, 64, False, 64), (8, 1, 128, True, 128), (5, 5, 96, False, 32)],
-)
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("shape", TINY_SHAPES, ids=str)
 def test_tiny_llama_gives_the_logits_of_transformers(
-    tmp_path: Path, kernels: CPUKernels, num_heads: int, num_kv_heads: int, head_dim: int, tied: bool,
-    group_size: int, mode: Mode,
-) -> None:  # fmt: skip
-    reference = make_tiny_llama(
-        tmp_path,
-        hidden_size=128 if group_size == 128 else 192,
-        num_layers=2,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        intermediate_size=256,
-        vocab_size=500,
-        tied=tied,
-        group_size=group_size,
-        seed=num_heads,
-    )
-    ids = np.random.default_rng(1).integers(0, 500, 150).tolist()
-    expected = transformers_logits(reference, ids)
-    logits = all_logits(tmp_path, kernels, ids, KVDtype.FP16, mode, [70, 1, 1, 78])
+    tmp_path: Path, kernels: CPUKernels, shape: TinyShape, mode: Mode
+) -> None:
+    expected, logits = tiny_logits(tmp_path, kernels, shape, mode)
     # DECODE: weights are the same numbers and sums are fp32, so what is left is the fp16 rounding of keys and values
     # (2^-11 relative). PREFILL: activations, weights, keys and values are rounded to bf16 (2^-9 relative) before each
     # product; random weights make sharp attention, which amplifies that: the largest error seen is 1.1 %.
