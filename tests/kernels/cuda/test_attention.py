@@ -20,6 +20,14 @@ pytestmark = pytest.mark.gpu
 
 LENGTHS = [1, 2, 63, 64, 65, 127, 1000, 4097, 256, 257, 300]
 SHAPES = [(9, 3, 64), (4, 4, 96), (3, 1, 96), (8, 2, 128), (7, 1, 128), (16, 1, 128), (24, 2, 64), (2, 1, 256)]
+every_shape = pytest.mark.parametrize(
+    ("num_heads", "layout"),
+    [
+        pytest.param(heads, KVLayout(kv_heads, head_dim, dtype), id=f"{heads}-{kv_heads}-{head_dim}-{dtype}")
+        for heads, kv_heads, head_dim in SHAPES
+        for dtype in KVDtype
+    ],
+)
 
 
 def tolerance(mode: Mode, head_dim: int) -> float:
@@ -58,79 +66,55 @@ def expected_of(qkv: np.ndarray, cache: np.ndarray, batch: AttentionBatch, layou
         return reference.paged_attention(qkv, cache, batch, layout)
 
 
-@pytest.mark.parametrize("dtype", KVDtype)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SHAPES)
-def test_decode(
+def assert_matches(
     kernels: CUDAKernels,
     rng: np.random.Generator,
     num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: KVDtype,
+    layout: KVLayout,
+    query_lens: list[int],
+    context_lens: list[int],
+    mode: Mode,
 ) -> None:
-    layout = KVLayout(num_kv_heads, head_dim, dtype)
-    cache, tables = sequences(rng, LENGTHS, layout)
-    batch = attention_batch([1] * len(LENGTHS), LENGTHS, tables)
-    qkv = random_qkv(rng, len(LENGTHS), num_heads, layout)
-    out = attend(kernels, qkv, cache, batch, layout, Mode.DECODE)
-    error = np.abs(out - expected_of(qkv, cache, batch, layout))
-    assert error.max() <= tolerance(Mode.DECODE, head_dim)
+    """Attention over random sequences of these lengths, against the reference."""
+    cache, tables = sequences(rng, context_lens, layout)
+    batch = attention_batch(query_lens, context_lens, tables)
+    qkv = random_qkv(rng, sum(query_lens), num_heads, layout)
+    out = attend(kernels, qkv, cache, batch, layout, mode)
+    assert np.abs(out - expected_of(qkv, cache, batch, layout)).max() <= tolerance(mode, layout.head_dim)
+
+
+@every_shape
+def test_decode(kernels: CUDAKernels, rng: np.random.Generator, num_heads: int, layout: KVLayout) -> None:
+    assert_matches(kernels, rng, num_heads, layout, [1] * len(LENGTHS), LENGTHS, Mode.DECODE)
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 5, 7, 8, 9, 12, 16])
 @pytest.mark.parametrize("mode", Mode)
 def test_group_sizes(kernels: CUDAKernels, rng: np.random.Generator, mode: Mode, group_size: int) -> None:
-    layout = KVLayout(2, 64)
-    query_lens, context_lens = [1, 1, 30], [1, 300, 70]
-    cache, tables = sequences(rng, context_lens, layout)
-    batch = attention_batch(query_lens, context_lens, tables)
-    qkv = random_qkv(rng, 32, 2 * group_size, layout)
-    out = attend(kernels, qkv, cache, batch, layout, mode)
-    assert np.abs(out - expected_of(qkv, cache, batch, layout)).max() <= tolerance(mode, 64)
+    assert_matches(kernels, rng, 2 * group_size, KVLayout(2, 64), [1, 1, 30], [1, 300, 70], mode)
 
 
 @pytest.mark.parametrize("mode", Mode)
-@pytest.mark.parametrize("dtype", KVDtype)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SHAPES)
+@every_shape
 def test_ragged_batch(
-    kernels: CUDAKernels,
-    rng: np.random.Generator,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: KVDtype,
-    mode: Mode,
+    kernels: CUDAKernels, rng: np.random.Generator, num_heads: int, layout: KVLayout, mode: Mode
 ) -> None:
-    layout = KVLayout(num_kv_heads, head_dim, dtype)
     query_lens, context_lens = [1, 17, 1, 40, 5, 1, 150, 63], [1, 17, 64, 70, 200, 300, 150, 500]
-    cache, tables = sequences(rng, context_lens, layout)
-    batch = attention_batch(query_lens, context_lens, tables)
-    qkv = random_qkv(rng, sum(query_lens), num_heads, layout)
-    out = attend(kernels, qkv, cache, batch, layout, mode)
-    assert np.abs(out - expected_of(qkv, cache, batch, layout)).max() <= tolerance(mode, head_dim)
+    assert_matches(kernels, rng, num_heads, layout, query_lens, context_lens, mode)
 
 
 @pytest.mark.parametrize("dtype", KVDtype)
 def test_long_prefill_chunk(kernels: CUDAKernels, rng: np.random.Generator, dtype: KVDtype) -> None:
-    layout = KVLayout(1, 128, dtype)
-    cache, tables = sequences(rng, [4097, 130], layout)
-    batch = attention_batch([65, 130], [4097, 130], tables)
-    qkv = random_qkv(rng, 195, 4, layout)
-    out = attend(kernels, qkv, cache, batch, layout, Mode.PREFILL)
-    assert np.abs(out - expected_of(qkv, cache, batch, layout)).max() <= tolerance(Mode.PREFILL, 128)
+    assert_matches(kernels, rng, 4, KVLayout(1, 128, dtype), [65, 130], [4097, 130], Mode.PREFILL)
 
 
-@pytest.mark.parametrize("dtype", KVDtype)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SHAPES)
+@every_shape
 def test_decode_row_does_not_depend_on_the_batch(
     kernels: CUDAKernels,
     rng: np.random.Generator,
     num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: KVDtype,
+    layout: KVLayout,
 ) -> None:
-    layout = KVLayout(num_kv_heads, head_dim, dtype)
     context_lens = rng.integers(1, 1500, 64).tolist()
     cache, tables = sequences(rng, context_lens, layout)
     on_gpu = kernels.to_device(cache)
@@ -158,17 +142,13 @@ def test_decode_of_many_rows_per_sequence_equals_one_by_one(kernels: CUDAKernels
         np.testing.assert_array_equal(out[0], together[row])
 
 
-@pytest.mark.parametrize("dtype", KVDtype)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SHAPES)
+@every_shape
 def test_prefill_row_does_not_depend_on_the_chunk(
     kernels: CUDAKernels,
     rng: np.random.Generator,
     num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: KVDtype,
+    layout: KVLayout,
 ) -> None:
-    layout = KVLayout(num_kv_heads, head_dim, dtype)
     cache, tables = sequences(rng, [330], layout)
     on_gpu = kernels.to_device(cache)
     qkv = random_qkv(rng, 330, num_heads, layout)
@@ -190,25 +170,22 @@ def device_step(
 
 @pytest.mark.parametrize("mode", Mode)
 @pytest.mark.parametrize("query_lens", [None, [1, 1, 3, 1, 20, 1, 1]])
-@pytest.mark.parametrize("dtype", KVDtype)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), SHAPES)
+@every_shape
 def test_fused_attention_equals_its_parts(
     kernels: CUDAKernels,
     rng: np.random.Generator,
     num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: KVDtype,
+    layout: KVLayout,
     query_lens: list[int] | None,
     mode: Mode,
 ) -> None:
-    layout = KVLayout(num_kv_heads, head_dim, dtype)
     context_lens = [1, 2, 64, 65, 129, 256, 1025]
     query_lens = query_lens or [1] * len(context_lens)
     cache, tables = sequences(rng, context_lens, layout)
     batch = attention_batch(query_lens, context_lens, tables)
     qkv = random_qkv(rng, sum(query_lens), num_heads, layout)
-    table = kernels.rope_table([10000.0 ** (-2 * i / head_dim) for i in range(head_dim // 2)], 2048, 1.0)
+    half = layout.head_dim // 2
+    table = kernels.rope_table([10000.0 ** (-i / half) for i in range(half)], 2048, 1.0)
     step = device_step(kernels, batch, layout, table, mode, len(qkv))
     fused_cache, fused_qkv = kernels.to_device(cache), kernels.to_device(qkv)
     fused = kernels.to_host(kernels.attention(fused_qkv, fused_cache, step, layout, mode=mode))
