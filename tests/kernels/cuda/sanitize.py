@@ -112,7 +112,7 @@ class Sanitized:
 
 
 def int4(s: Sanitized) -> None:
-    for rows, columns, group_size in ((80, 96, 32), (144, 192, 64), (208, 384, 128), (80, 2048, 128)):
+    for rows, columns, group_size in ((80, 96, 32), (80, 320, 32), (144, 192, 64), (208, 384, 128), (80, 2048, 128)):
         weight = s.int4_weight(rows, columns, group_size)
         for tokens in TOKENS:
             s.linear(s.kernels.int4_linear, rows, columns, weight, tokens)
