@@ -130,6 +130,26 @@ def test_decode_row_does_not_depend_on_the_batch(
         np.testing.assert_array_equal(out[0], together[row])
 
 
+@pytest.mark.parametrize("batch_size", [4, 16, 33, 40, 64])
+def test_decode_row_does_not_depend_on_how_rows_are_cut(
+    kernels: CUDAKernels, rng: np.random.Generator, batch_size: int
+) -> None:
+    """Rows of the same length: thread blocks get halves of rows, whole rows or, with 33 and 40, whatever comes."""
+    layout = KVLayout(8, 128)
+    context_lens = [1000] * batch_size
+    cache, tables = sequences(rng, context_lens, layout)
+    on_gpu = kernels.to_device(cache)
+    qkv = random_qkv(rng, batch_size, 32, layout)
+    batch = attention_batch([1] * batch_size, context_lens, tables)
+    together = attend(kernels, qkv, on_gpu, batch, layout, Mode.DECODE)
+    error = np.abs(together - expected_of(qkv, cache, batch, layout))
+    assert error.max() <= tolerance(Mode.DECODE, 128)
+    for row in range(0, batch_size, 3):
+        alone = attention_batch([1], [1000], tables[row : row + 1])
+        out = attend(kernels, qkv[row : row + 1], on_gpu, alone, layout, Mode.DECODE)
+        np.testing.assert_array_equal(out[0], together[row])
+
+
 def test_decode_of_many_rows_per_sequence_equals_one_by_one(kernels: CUDAKernels, rng: np.random.Generator) -> None:
     layout = KVLayout(1, 64)
     cache, tables = sequences(rng, [700, 20], layout)
