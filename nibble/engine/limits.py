@@ -20,3 +20,4 @@ class EngineLimits:
     max_num_batched_tokens: int = 512
     kv_dtype: KVDtype = KVDtype.INT8
     memory_utilization: float = 0.9
+    has_prefix_cache: bool = True

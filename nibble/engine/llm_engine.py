@@ -29,6 +29,7 @@ from nibble.engine.pass_inputs import MAX_STOP_TOKEN_IDS
 from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
 from nibble.engine.scheduler import Scheduler
 from nibble.engine.sequence import Sequence
+from nibble.engine.service_order import ServiceOrder, aged_priority
 from nibble.kernels.interface import Kernels
 from nibble.kernels.layout import BLOCK_SIZE, KVLayout
 
@@ -44,6 +45,8 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_preemptions: int = 0
+    num_cache_queries: int = 0
+    num_cache_hits: int = 0
     num_nonfinite_logits: int = 0
     step_bytes: int = 0
     step_s: float = 0.0
@@ -53,7 +56,12 @@ class LLMEngine:
     """Generates tokens for many requests at once."""
 
     def __init__(
-        self, runner: ModelRunner, config: ModelConfig, limits: EngineLimits, now: Callable[[], float] = time.time
+        self,
+        runner: ModelRunner,
+        config: ModelConfig,
+        limits: EngineLimits,
+        now: Callable[[], float] = time.time,
+        order: ServiceOrder = aged_priority,
     ) -> None:
         self.config = config
         self.runner = runner
@@ -62,6 +70,8 @@ class LLMEngine:
             BlockManager(runner.num_blocks),
             max_num_sequences=limits.max_num_sequences,
             max_num_batched_tokens=limits.max_num_batched_tokens,
+            has_prefix_cache=limits.has_prefix_cache,
+            order=order,
         )
         self.max_context_tokens = min(config.max_context_tokens, runner.num_blocks * BLOCK_SIZE)
         self._sequences: dict[str, Sequence] = {}
@@ -91,7 +101,7 @@ class LLMEngine:
 
         Raises RequestError if it can never run here; nothing else is disturbed.
         """
-        self._check(request)
+        self._check(request, len(generated_token_ids))
         sequence = Sequence.start(request, generated_token_ids, self.max_context_tokens, self._now())
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
@@ -136,12 +146,17 @@ class LLMEngine:
             return 0
         return self.scheduler.max_num_sequences - len(self._sequences)
 
-    def _check(self, request: GenerationRequest) -> None:
-        num_tokens = len(request.prompt_token_ids)
+    def _check(self, request: GenerationRequest, num_generated: int) -> None:
+        num_tokens, limit = len(request.prompt_token_ids), self.max_context_tokens - 1
         if num_tokens == 0:
             raise RequestError("the prompt is empty")
-        if num_tokens >= self.max_context_tokens:
-            raise RequestError(f"prompt has {num_tokens} tokens, the limit is {self.max_context_tokens - 1}")
+        if num_tokens > limit:
+            raise RequestError(f"prompt has {num_tokens} tokens, the limit is {limit}")
+        if num_tokens + num_generated > limit:  # of a worker with more room
+            raise RequestError(
+                f"prompt and {num_generated} generated tokens are {num_tokens + num_generated} tokens, "
+                f"the limit is {limit}"
+            )
         bad = next((i for i in request.prompt_token_ids if not 0 <= i < self.config.vocab_size), None)
         if bad is not None:
             raise RequestError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
@@ -174,11 +189,18 @@ class LLMEngine:
         """Append the sampled token, or end the sequence if its logits were not finite (token_id -1)."""
         if token_id < 0:
             self.stats.num_nonfinite_logits += 1
+            self.scheduler.remove_unsound(sequence)
             return self._finish(sequence, FinishReason.ERROR, "the model's logits were not finite", [])
-        sequence.append(token_id, self._now())
+        is_first, now_s = sequence.first_token_s is None, self._now()
+        sequence.append(token_id, now_s)
         if sequence.finish_reason is not None:
             return self._finish(sequence, sequence.finish_reason, None, [token_id])
-        return TokenEvent(request_id=sequence.request_id, index=sequence.num_read_tokens - 1, token_ids=[token_id])
+        return TokenEvent(
+            request_id=sequence.request_id,
+            index=sequence.num_read_tokens - 1,
+            token_ids=[token_id],
+            metrics=sequence.metrics(now_s) if is_first else None,
+        )
 
     def _expire(self) -> list[TokenEvent]:
         """End the sequences whose deadline has passed."""
@@ -203,6 +225,7 @@ class LLMEngine:
         stats.num_prompt_tokens += sum(chunk.num_tokens for chunk in step.batch.prefill)
         stats.num_generated_tokens += num_sampled
         stats.num_preemptions = self.scheduler.num_preemptions
+        stats.num_cache_queries, stats.num_cache_hits = self.scheduler.num_cache_queries, self.scheduler.num_cache_hits
         # Until the step before had finished, the device was not at work for this one.
         stats.step_bytes, stats.step_s = step.num_bytes, now_s - max(step.launched_s, self._collected_s)
         self._collected_s = now_s

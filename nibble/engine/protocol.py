@@ -44,7 +44,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=Tr
     """One prompt to be continued. Immutable from the moment it is submitted.
 
     arrival_s and deadline_s are Unix times in seconds; a request that has not finished by its deadline ends
-    with an error. A lower priority number is served first. tenant groups requests for fairness.
+    with an error. A lower priority number is served first. tenant groups requests for fairness. Requests share what
+    was computed of a common prefix only if they have the same cache_salt.
     """
 
     request_id: str
@@ -54,12 +55,15 @@ class GenerationRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=Tr
     deadline_s: float | None = None
     priority: int = 0
     tenant: str = ""
+    cache_salt: str = ""
 
 
 class RequestMetrics(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """What the worker measured for one request; sent with its final event. Times in seconds.
+    """What the worker measured for one request. Times in seconds.
 
-    queue_s: submit to first scheduled. prefill_s: first scheduled to first token. decode_s: first token to last.
+    Sent with its final event, and as far as known with its first one: a gateway that ends a request itself, at a stop
+    string, never sees the other. cached_tokens: of the prompt, found computed. queue_s: submit to first scheduled.
+    prefill_s: first scheduled to first token. decode_s: first token to last.
     """
 
     prompt_tokens: int

@@ -1,111 +1,201 @@
 """Continuous batching: which tokens of which sequences the next step computes.
 
 Sequences join and leave at any step. One token budget is shared by decode and chunked prefill, decode first, so that
-inter-token latency holds while long prompts are prefilled. When blocks run out, the youngest sequence of the lowest
-priority is preempted: its blocks are released and all its tokens are computed again later.
+inter-token latency holds while long prompts are prefilled. Everything else goes by rank (`service_order.py`): when
+blocks run out, the last in that order is preempted: its blocks are released, and what is not found in the cache any
+more is computed again. A sequence starts when all its blocks are there; of those that run only such of a lower priority
+make room for it.
 
 Steps may still be under way when the next one is scheduled, so tokens count from the launch of the step that samples
-them (see `sequence.py`). Blocks change hands at once all the same: the device computes one step after the other, so
-whatever an earlier step still writes to a block is there before its new owner's first token.
+them (see `sequence.py`). Blocks change hands at once all the same, and are shared once their step is launched: the
+device computes one step after the other, so whatever an earlier step still writes to a block is there before the next
+one reads it or its new owner writes it.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from heapq import merge
+from operator import attrgetter
 
 from nibble.engine.batch import Batch, Chunk
 from nibble.engine.block_manager import BlockManager
 from nibble.engine.sequence import Sequence
+from nibble.engine.service_order import ServiceOrder, aged_priority
+from nibble.kernels.layout import BLOCK_SIZE
+
+_by_rank = attrgetter("rank")
 
 
 class Scheduler:
     """Owns the queue of waiting sequences and the list of running ones."""
 
-    def __init__(self, block_manager: BlockManager, *, max_num_sequences: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_num_sequences: int,
+        max_num_batched_tokens: int,
+        has_prefix_cache: bool = True,
+        order: ServiceOrder = aged_priority,
+    ) -> None:
         assert max_num_batched_tokens >= max_num_sequences, "every running sequence must fit into one step"
         self.block_manager = block_manager
         self.max_num_sequences = max_num_sequences
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: list[Sequence] = []  # in order of service
-        self.running: list[Sequence] = []  # in order of service
+        self.waiting: list[Sequence] = []  # by rank
+        self.running: list[Sequence] = []  # by rank
         self.num_preemptions = 0
+        self.num_cache_queries = 0  # prompt tokens of all sequences that started ...
+        self.num_cache_hits = 0  # ... and how many of them were found computed
+        self._has_prefix_cache = has_prefix_cache
+        self._order = order
+        self._last = Batch(prefill=[], decode=[])
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind all of the same or a higher priority (a lower number)."""
-        insort(self.waiting, sequence, key=_service_order)
+        """Queue a new sequence."""
+        sequence.rank = self._order(sequence.request)
+        insort(self.waiting, sequence, key=_by_rank)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished or aborted sequence; its blocks are free at once."""
         for sequences in (self.running, self.waiting):
             if sequence in sequences:
                 sequences.remove(sequence)
+        self._release(sequence)
+
+    def remove_unsound(self, sequence: Sequence) -> None:
+        """The same for one whose keys and values may be wrong: nobody may find them."""
+        self.block_manager.forget(sequence.block_hashes(len(sequence.token_ids) // BLOCK_SIZE))
         self.block_manager.release(sequence.block_table)
+        self.remove(sequence)
 
     def schedule(self) -> Batch:
         """The next step's work. Empty only if every sequence's last token is sampled already, or there are none."""
         for sequence in [sequence for sequence in self.running if sequence.is_complete]:
             self.remove(sequence)  # its last token is still unread, but room for another one is there now
-        decode = self._schedule_decode()
-        budget = self.max_num_batched_tokens - sum(chunk.num_tokens for chunk in decode)
-        return Batch(prefill=self._schedule_prefill(budget), decode=decode)
+        for chunk in self._last.prefill:
+            self._share_blocks(chunk.sequence)
+        self._preempt_for_urgent()
+        batch = Batch(prefill=[], decode=[])
+        self._schedule_decode(batch)
+        self._schedule_rest(batch)
+        self._last = batch
+        return batch
 
-    def _schedule_decode(self) -> list[Chunk]:
-        """One token per running sequence, more where generated tokens must be recomputed."""
-        chunks: list[Chunk] = []
-        # In service order, so that whoever is preempted for want of blocks has no chunk in this step yet.
-        decoding = [sequence for sequence in self.running if not sequence.is_prefilling]
-        budget = self.max_num_batched_tokens - len(decoding)
-        for sequence in decoding:
-            if not sequence.block_table:  # preempted for one before it
-                continue
-            num_missing = sequence.num_tokens - sequence.num_computed_tokens
-            num_tokens = 1 + min(num_missing - 1, budget)
-            if self._make_room(sequence, sequence.num_computed_tokens + num_tokens):
-                budget -= num_tokens - 1
-                chunks.append(Chunk(sequence, num_tokens, samples=num_tokens == num_missing))
-        return chunks
+    def _schedule_decode(self, batch: Batch) -> None:
+        """One token for every sequence that lacks its newest token alone."""
+        # By rank, so that whoever is preempted for want of blocks has no chunk in this step yet.
+        for sequence in [sequence for sequence in self.running if sequence.is_decoding]:
+            is_preempted = not sequence.block_table  # for one before it
+            if not is_preempted and self._make_room(sequence, sequence.num_tokens):
+                batch.decode.append(Chunk(sequence, 1, samples=True))
 
-    def _schedule_prefill(self, budget: int) -> list[Chunk]:
-        """Prompt chunks: first of sequences that began, then of new ones while they fit."""
-        chunks: list[Chunk] = []
-        for sequence in [sequence for sequence in self.running if sequence.is_prefilling]:
-            budget -= self._add_prefill_chunk(chunks, sequence, budget)
-        while budget > 0 and self.waiting and len(self.running) < self.max_num_sequences:
-            sequence = self.waiting[0]
-            # A new sequence starts only if its whole prompt fits, so that it does not preempt those that run.
-            if not self.block_manager.can_grow(sequence.block_table, sequence.num_tokens):
+    def _schedule_rest(self, batch: Batch) -> None:
+        """What is left of the budget, by rank: to sequences that lack more, and to new ones while their blocks fit."""
+        budget = self.max_num_batched_tokens - len(batch.decode)
+        begun = [sequence for sequence in self.running if not sequence.is_decoding]
+        room = self.max_num_sequences - len(self.running)
+        is_full = False
+        for sequence in merge(begun, self.waiting[:room], key=_by_rank):
+            if budget == 0:
                 break
-            self.block_manager.grow(sequence.block_table, sequence.num_tokens)
-            insort(self.running, self.waiting.pop(0), key=_service_order)
-            budget -= self._add_prefill_chunk(chunks, sequence, budget)
-        return chunks
+            if not sequence.block_table:
+                if is_full or self._waits_for_prefix(sequence):
+                    continue
+                if not self._start(sequence):
+                    is_full = True  # nor does anybody behind it start: they would take its blocks
+                    continue
+            chunk = _next_chunk(sequence, budget)
+            budget -= chunk.num_tokens
+            (batch.prefill if sequence.is_prefilling else batch.decode).append(chunk)
 
-    def _add_prefill_chunk(self, chunks: list[Chunk], sequence: Sequence, budget: int) -> int:
-        """Append the sequence's next prompt chunk of at most budget tokens; returns its length."""
-        num_missing = sequence.num_prompt_tokens - sequence.num_computed_tokens
-        num_tokens = min(num_missing, budget)
-        if num_tokens > 0:
-            is_last = num_tokens == num_missing and sequence.num_generated_tokens == 0
-            chunks.append(Chunk(sequence, num_tokens, samples=is_last))
-        return num_tokens
+    def _waits_for_prefix(self, sequence: Sequence) -> bool:
+        """Whether one served before it computes its next block right now, so that it is cheaper to wait for that."""
+        index = len(self._match(sequence))
+        hashes = self._hashes(sequence)[index : index + 1]
+        return bool(hashes) and any(
+            other.is_prefilling and other.rank < sequence.rank and self._hashes(other)[index : index + 1] == hashes
+            for other in self.running
+        )
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Let a waiting sequence run. False: there are too few blocks."""
+        matched = self._match(sequence)
+        if not self.block_manager.can_start(matched, sequence.num_tokens):
+            return False
+        self.block_manager.start(sequence.block_table, matched, sequence.num_tokens)
+        sequence.num_computed_tokens = len(matched) * BLOCK_SIZE
+        sequence.num_shared_blocks = len(matched)
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+            self.num_cache_queries += sequence.num_prompt_tokens
+            self.num_cache_hits += sequence.num_cached_tokens
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_by_rank)
+        return True
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Grow the sequence's blocks, preempting from the back of the service order. False: it was itself the last."""
-        while not self.block_manager.can_grow(sequence.block_table, num_tokens):
+        """Grow the sequence's blocks, preempting the last in the order. False: that was itself."""
+        table = sequence.block_table
+        if num_tokens <= len(table) * BLOCK_SIZE:  # 63 of 64 times, for every sequence in every step
+            return True
+        self._share_blocks(sequence)
+        while not self.block_manager.can_grow(table, num_tokens):
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
-        self.block_manager.grow(sequence.block_table, num_tokens)
+        self.block_manager.grow(table, num_tokens)
         return True
+
+    def _preempt_for_urgent(self) -> None:
+        """Let the first waiting sequence have the blocks of running ones of a lower priority, if that is enough."""
+        if not self.waiting or not self.running:
+            return
+        urgent = self.waiting[0]
+        if self.running[-1].rank < urgent.rank or self._waits_for_prefix(urgent):
+            return
+        lesser = [s for s in self.running if s.rank > urgent.rank and s.request.priority > urgent.request.priority]
+        num_blocks = sum(len(sequence.block_table) for sequence in lesser)
+        matched = self._match(urgent)
+        if not self.block_manager.can_start(matched, urgent.num_tokens - num_blocks * BLOCK_SIZE):
+            return
+        while lesser and not self.block_manager.can_start(matched, urgent.num_tokens):
+            self._preempt(lesser.pop())
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.block_manager.release(sequence.block_table)
+        self._release(sequence)
         sequence.num_computed_tokens = 0
         self.num_preemptions += 1
-        self.add(sequence)
+        insort(self.waiting, sequence, key=_by_rank)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._share_blocks(sequence)
+        self.block_manager.release(sequence.block_table)
+        sequence.num_shared_blocks = 0
+
+    def _share_blocks(self, sequence: Sequence) -> None:
+        """Let others find those blocks of a sequence that are full."""
+        # Tokens count when they are computed, by the steps launched so far, and read.
+        num_blocks = min(sequence.num_computed_tokens, len(sequence.token_ids)) // BLOCK_SIZE
+        if self._has_prefix_cache and sequence.block_table and num_blocks > sequence.num_shared_blocks:
+            hashes = sequence.block_hashes(num_blocks)
+            for index in range(sequence.num_shared_blocks, num_blocks):
+                self.block_manager.share(sequence.block_table, index, hashes[index])
+            sequence.num_shared_blocks = num_blocks
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        return self.block_manager.match(self._hashes(sequence))
+
+    def _hashes(self, sequence: Sequence) -> list[bytes]:
+        """Of the blocks that a sequence may find: one token at least is left to compute, for its logits."""
+        return sequence.block_hashes((sequence.num_tokens - 1) // BLOCK_SIZE) if self._has_prefix_cache else []
 
 
-def _service_order(sequence: Sequence) -> tuple[int, float, str]:
-    return (sequence.request.priority, sequence.request.arrival_s, sequence.request_id)
+def _next_chunk(sequence: Sequence, budget: int) -> Chunk:
+    """The next tokens of a sequence, at most budget, of one kind: prompt or generated."""
+    stop = sequence.num_prompt_tokens if sequence.is_prefilling else sequence.num_tokens
+    num_tokens = min(stop - sequence.num_computed_tokens, budget)
+    return Chunk(sequence, num_tokens, samples=sequence.num_computed_tokens + num_tokens == sequence.num_tokens)

@@ -15,7 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 
+from nibble.engine.block_hashes import extend_hashes
 from nibble.engine.protocol import FinishReason, GenerationRequest, RequestMetrics
+from nibble.engine.service_order import Rank
+from nibble.kernels.layout import BLOCK_SIZE
 
 
 @dataclass(eq=False, slots=True)
@@ -28,10 +31,14 @@ class Sequence:
     num_prompt_tokens: int
     max_num_tokens: int  # prompt included; generation ends there
     added_s: float
+    rank: Rank = ()  # its place in the order of service
     num_computed_tokens: int = 0
     num_unread_tokens: int = 0
     sample_row: int = 0  # where the step that samples the newest unread token leaves it, see ModelRunner
     block_table: list[int] = field(default_factory=list)
+    num_shared_blocks: int = 0  # the first of block_table, which others can find
+    num_cached_tokens: int | None = None  # of the prompt, found computed when it first started; None before
+    _block_hashes: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     scheduled_s: float | None = None
     first_token_s: float | None = None
@@ -81,9 +88,23 @@ class Sequence:
         return self.num_computed_tokens < self.num_prompt_tokens
 
     @property
+    def is_decoding(self) -> bool:
+        """Whether nothing is to be computed but its newest token, a generated one."""
+        num_computed = self.num_computed_tokens
+        return num_computed >= self.num_prompt_tokens and num_computed + 1 == self.num_tokens
+
+    @property
     def is_complete(self) -> bool:
         """Whether the last token it may have was sampled, be it read or not: there is nothing more to compute."""
         return self.num_tokens >= self.max_num_tokens
+
+    def block_hashes(self, num_blocks: int) -> list[bytes]:
+        """Names of what its first num_blocks blocks hold, or will; their tokens are all read."""
+        hashes = self._block_hashes
+        if len(hashes) < num_blocks:
+            assert num_blocks * BLOCK_SIZE <= len(self.token_ids), "a block without all its tokens has no name"
+            extend_hashes(hashes, num_blocks, self.token_ids, self.num_prompt_tokens, self.request.cache_salt)
+        return hashes[:num_blocks]
 
     def launched(self, num_tokens: int, sample_row: int | None) -> None:
         """A step that computes its next num_tokens tokens was launched; sample_row None: it samples no new one."""
@@ -111,7 +132,7 @@ class Sequence:
         first_token_s = self.first_token_s if self.first_token_s is not None else now_s
         return RequestMetrics(
             prompt_tokens=self.num_prompt_tokens,
-            cached_tokens=0,
+            cached_tokens=self.num_cached_tokens or 0,
             generated_tokens=self.num_read_tokens,
             queue_s=max(0.0, scheduled_s - self.request.arrival_s),
             prefill_s=max(0.0, first_token_s - scheduled_s),

@@ -1,7 +1,9 @@
 """A model runner without a model: it checks what a real one would rely on, and its tokens are a known function.
 
-Its device may be asynchronous: then it computes a step when the step is collected, or just before it would have to hold
-a third one, with what the launch handed over and nothing that the host changed since.
+Keys and values are stood in for by one number a token, which follows from the token, from the arithmetic that computed
+it and from all tokens before it, as the real ones do. Its device may be asynchronous: then it computes a step when the
+step is collected, or just before it would have to hold a third one, with what the launch handed over and nothing that
+the host changed since.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from nibble.kernels.interface import Kernels
 from nibble.kernels.layout import BLOCK_SIZE
 
 VOCAB_SIZE = 1000
+MAX_EXPECTED = 1024  # sequences, so that a long simulation does not grow
 CONFIG = ModelConfig(
     architecture="llama",
     vocab_size=VOCAB_SIZE,
@@ -52,14 +55,18 @@ def request(
     stop_token_ids: tuple[int, ...] = (),
     min_tokens: int = 0,
     deadline_s: float | None = None,
+    prompt: list[int] | None = None,
+    cache_salt: str = "",
 ) -> GenerationRequest:
+    """The prompt is num_prompt_tokens tokens that follow from the seed, unless it is given."""
     return GenerationRequest(
         request_id=request_id,
-        prompt_token_ids=[1 + (seed + i) % (VOCAB_SIZE - 1) for i in range(num_prompt_tokens)],
+        prompt_token_ids=prompt or [1 + (seed + i) % (VOCAB_SIZE - 1) for i in range(num_prompt_tokens)],
         sampling=SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=stop_token_ids, min_tokens=min_tokens),
         arrival_s=arrival_s,
         priority=priority,
         deadline_s=deadline_s,
+        cache_salt=cache_salt,
     )
 
 
@@ -82,13 +89,20 @@ class SimulatedKernels:
 
 
 class SimulatedRunner(ModelRunner):
-    """Remembers which token was written to which KV slot, and refuses to attend to a context that is not there."""
+    """Remembers what was written to which KV slot, and refuses to attend to a context that is not there.
 
-    def __init__(self, num_blocks: int, max_num_batched_tokens: int, is_asynchronous: bool = False) -> None:
+    check_every: 1 looks at all of a context in every step; BLOCK_SIZE at one token of each block, for long simulations.
+    """
+
+    def __init__(
+        self, num_blocks: int, max_num_batched_tokens: int, is_asynchronous: bool = False, check_every: int = 1
+    ) -> None:
         self.kernels = cast(Kernels, SimulatedKernels(is_asynchronous))
         self.num_blocks = num_blocks
         self.kv_cache = np.zeros((1, num_blocks, 1, 1), np.uint8)
-        self.slots: dict[int, tuple[Sequence, int, int]] = {}  # slot -> whose, position, token id
+        self.slots: dict[int, int] = {}  # slot -> what stands for the key and value in it
+        self._expected: dict[str, tuple[Sequence, list[int]]] = {}  # what must be in a sequence's slots, by request id
+        self._check_every = check_every
         self.latest: dict[int, tuple[Sequence, int]] = {}  # row -> whose, its newest token id
         self.max_num_batched_tokens = max_num_batched_tokens
         self.nonfinite: set[str] = set()
@@ -129,19 +143,42 @@ class SimulatedRunner(ModelRunner):
 
     def _compute(self, step: list[Work]) -> npt.NDArray[np.int32]:
         for work in step:
-            for position, token_id in enumerate(work.token_ids, work.start):
-                if token_id is None:
-                    owner, token_id = self.latest[work.newest_row]
-                    assert owner is work.sequence
-                self.slots[_slot(work, position)] = (work.sequence, position, token_id)
-            if work.sequence.request_id not in self.nonfinite:
-                for position in range(work.stop):
-                    assert self.slots[_slot(work, position)] == (work.sequence, position, _token(work, position))
+            self._attend(work)
+        for work in step:  # all of a step read before any of it writes: nobody may rely on what the same step computes
+            self._write(work)
         for row, work in enumerate(work for work in step if work.samples):
             is_finite = work.sequence.request_id not in self.nonfinite
             self.latest[row] = (work.sequence, _token(work, work.stop) if is_finite else -1)
         num_rows = max(self.latest, default=-1) + 1
         return np.array([self.latest[row][1] for row in range(num_rows)], np.int32)
+
+    def _attend(self, work: Work) -> None:
+        expected = self._kv_values(work)
+        for position in {*range(0, work.start, self._check_every), work.start - 1} - {-1}:
+            assert self.slots[_slot(work, position)] == expected[position], "the context is not there"
+
+    def _write(self, work: Work) -> None:
+        expected = self._kv_values(work)
+        for position, token_id in enumerate(work.token_ids, work.start):
+            if token_id is None:
+                owner, token_id = self.latest[work.newest_row]
+                assert owner is work.sequence
+            if work.sequence.request_id not in self.nonfinite:
+                assert token_id == _token(work, position)
+            self.slots[_slot(work, position)] = expected[position]
+
+    def _kv_values(self, work: Work) -> list[int]:
+        """What must be in the slots of a sequence's tokens, those of this step included."""
+        owner, values = self._expected.get(work.sequence.request_id, (None, []))
+        if owner is not work.sequence:
+            if len(self._expected) >= MAX_EXPECTED:
+                self._expected.clear()
+            values = []
+            self._expected[work.sequence.request_id] = (work.sequence, values)
+        for position in range(len(values), work.stop):
+            is_prompt = position < work.sequence.num_prompt_tokens
+            values.append(hash((values[-1] if values else 0, _token(work, position), is_prompt)))
+        return values
 
 
 @dataclass(frozen=True)
