@@ -130,6 +130,7 @@ def test_nobody_waits_for_a_prefix_that_one_behind_it_computes(make_engine: Make
     engine = make_engine()
     engine.add(turn("low", PREFIX[:600], arrival_s=0.0, priority=1))
     engine.step()
+    engine.add(request("between", num_prompt_tokens=1000, seed=5, arrival_s=2.0))
     engine.add(turn("high", PREFIX[:600], seed=1, max_tokens=1, arrival_s=1.0))
     num_steps = 0
     while not any(event.request_id == "high" for event in engine.step()):
