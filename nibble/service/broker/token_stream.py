@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
+from nibble.engine.protocol import FinishReason, GenerationRequest, RequestMetrics, TokenEvent
 
 NEVER_S = float("-inf")
 
@@ -28,6 +28,7 @@ class TokenStream:
         self.num_restores = 0
         self.on_close: Callable[[TokenStream], None] | None = None
         self._num_delivered = from_index
+        self._metrics: RequestMetrics | None = None  # the newest
         self._final: TokenEvent | None = None
         self._is_over = False  # the final event was delivered, or the stream was closed
         self._waiter: asyncio.Future[None] | None = None
@@ -47,6 +48,8 @@ class TokenStream:
             return False
         self.heard_s = time.monotonic()
         self.token_ids += event.token_ids[num_known:] if num_known else event.token_ids
+        if event.metrics is not None:
+            self._metrics = event.metrics
         if event.finish_reason is not None:
             self._final = event
         waiter = self._waiter
@@ -93,7 +96,7 @@ class TokenStream:
         waiting = self.token_ids[index:]
         self._num_delivered = index + len(waiting)
         if final is None:
-            return TokenEvent(request_id=self.request_id, index=index, token_ids=waiting)
+            return TokenEvent(request_id=self.request_id, index=index, token_ids=waiting, metrics=self._metrics)
         self._is_over = True
         return TokenEvent(
             request_id=self.request_id,
@@ -101,5 +104,5 @@ class TokenStream:
             token_ids=waiting,
             finish_reason=final.finish_reason,
             error=final.error,
-            metrics=final.metrics,
+            metrics=self._metrics,
         )

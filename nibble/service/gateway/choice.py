@@ -48,9 +48,9 @@ class Choice:
         """Return the text that became certain. Nothing is pushed once finish_reason is set."""
         token_ids = self._pending + event.token_ids if self._pending else event.token_ids
         reason = event.finish_reason
+        self.metrics = event.metrics or self.metrics
         if reason is not None:
             self.is_stream_done = True
-            self.metrics = event.metrics
             self._pending = []
         elif token_ids:
             self._pending = token_ids[-1:] if token_ids[-1] in self._stop_token_ids else []

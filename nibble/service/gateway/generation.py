@@ -93,10 +93,13 @@ class Generation:
             self.interrupted.set_result(error)
 
     def usage(self) -> Usage:
-        """What was generated so far. The prompt counts once, however many choices there are."""
+        """What was generated so far. The prompt counts once, however many choices there are.
+
+        So does what was found of it in a cache: later choices find what the first one computed.
+        """
         return Usage(
             prompt_tokens=self.plan.prompt_tokens,
-            cached_tokens=max((choice.metrics.cached_tokens for choice in self.choices if choice.metrics), default=0),
+            cached_tokens=min((choice.metrics.cached_tokens for choice in self.choices if choice.metrics), default=0),
             completion_tokens=sum(choice.num_tokens for choice in self.choices),
         )
 

@@ -23,6 +23,8 @@ class WorkerMetrics:
         self.steps = self._counter("nibble_engine_steps_total", "Steps computed")
         self.prompt_tokens = self._counter("nibble_prefill_tokens_total", "Prompt tokens computed")
         self.generated_tokens = self._counter("nibble_decode_tokens_total", "Tokens generated")
+        self._cache_queries = [self._counter("nibble_prefix_cache_queries_total", "Prompt tokens looked up")]
+        self._cache_hits = [self._counter("nibble_prefix_cache_hits_total", "Prompt tokens found in the prefix cache")]
         self.preemptions = self._counter("nibble_preemptions_total", "Sequences preempted for want of KV blocks")
         self.nonfinite = self._counter("nibble_nonfinite_logits_total", "Requests ended by NaN or Inf logits")
         self.recovered = self._counter("nibble_recovered_requests_total", "Requests taken over from another worker")
@@ -41,6 +43,10 @@ class WorkerMetrics:
         self._kv_usage = [self._gauge("nibble_kv_cache_usage_ratio", "Share of the KV blocks in use")]
         self._queue = [self._histogram("nibble_request_queue_seconds", "Submit to first scheduled", _QUEUE_BUCKETS)]
         if with_vllm_names:
+            self._cache_queries.append(
+                self._counter("vllm:prefix_cache_queries", "As nibble_prefix_cache_queries_total")
+            )
+            self._cache_hits.append(self._counter("vllm:prefix_cache_hits", "As nibble_prefix_cache_hits_total"))
             self._running.append(self._gauge("vllm:num_requests_running", "As nibble_running_sequences"))
             self._waiting.append(self._gauge("vllm:num_requests_waiting", "As nibble_waiting_sequences"))
             self._kv_usage.append(self._gauge("vllm:kv_cache_usage_perc", "As nibble_kv_cache_usage_ratio"))
@@ -60,6 +66,12 @@ class WorkerMetrics:
         self.generated_tokens.inc(stats.num_generated_tokens - last.num_generated_tokens)
         self.preemptions.inc(stats.num_preemptions - last.num_preemptions)
         self.nonfinite.inc(stats.num_nonfinite_logits - last.num_nonfinite_logits)
+        for counters, increase in (
+            (self._cache_queries, stats.num_cache_queries - last.num_cache_queries),
+            (self._cache_hits, stats.num_cache_hits - last.num_cache_hits),
+        ):
+            for counter in counters:
+                counter.inc(increase)
         if stats.num_steps > last.num_steps and stats.step_s > 0:
             self.step_seconds.observe(stats.step_s)
             self.bandwidth_utilization.set(stats.step_bytes / stats.step_s / self._read_bandwidth)
