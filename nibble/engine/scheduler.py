@@ -174,7 +174,6 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self._share_blocks(sequence)
         self.block_manager.release(sequence.block_table)
-        sequence.num_shared_blocks = 0
 
     def _share_blocks(self, sequence: Sequence) -> None:
         """Let others find those blocks of a sequence that are full."""

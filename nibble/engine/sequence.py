@@ -36,7 +36,7 @@ class Sequence:
     num_unread_tokens: int = 0
     sample_row: int = 0  # where the step that samples the newest unread token leaves it, see ModelRunner
     block_table: list[int] = field(default_factory=list)
-    num_shared_blocks: int = 0  # the first of block_table, which others can find
+    num_shared_blocks: int = 0  # the first of block_table, which others may find
     num_cached_tokens: int | None = None  # of the prompt, found computed when it first started; None before
     _block_hashes: list[bytes] = field(default_factory=list)
     finish_reason: FinishReason | None = None

@@ -98,6 +98,32 @@ def test_concurrent_streams_get_the_text_they_get_alone(service: RunningService,
     assert asyncio.run(stream_all(service, prompts())) == one_by_one
 
 
+def test_a_repeated_prompt_is_found_computed_and_gives_the_same_text(service: RunningService) -> None:
+    question = "Describe each of these in a word: " + ", ".join(SUBJECTS * 12)
+    with service.client() as client:
+        answers = [client.chat.completions.create(**request(question, max_tokens=12, n=2)) for _ in range(2)]
+    cached = []
+    for answer in answers:
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details is not None
+        cached.append(answer.usage.prompt_tokens_details.cached_tokens)
+    num_prompt_tokens = answers[0].usage.prompt_tokens if answers[0].usage else 0
+    assert num_prompt_tokens > 200
+    assert cached == [0, (num_prompt_tokens - 1) // 64 * 64]
+    assert len({choice.message.content for answer in answers for choice in answer.choices}) == 1
+
+
+def test_a_prompt_that_the_kv_cache_cannot_hold_is_a_bad_request(service: RunningService) -> None:
+    """It would fit into the model's own context of 8192 tokens."""
+    with service.client() as client:
+        limit = client.models.list().data[0].model_extra["max_model_len"]  # type: ignore[index]  # not OpenAI's
+        assert limit < 6000
+        with pytest.raises(openai.BadRequestError) as raised:
+            complete(client, request("word " * 6000))
+        assert raised.value.code == "context_length_exceeded"
+        assert str(limit) in str(raised.value)
+
+
 def test_cancelled_stream_frees_its_sequence(service: RunningService) -> None:
     """Beside another one that goes on: its steps refresh the gauge."""
 

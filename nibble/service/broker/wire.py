@@ -26,7 +26,11 @@ assert array(_UINT32).itemsize == 4, "token logs need a 4-byte unsigned int"
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """What a worker says of itself in each exchange; kv_cache_usage is a fraction of its blocks, 0 to 1."""
+    """What a worker says of itself in each exchange; kv_cache_usage is a fraction of its blocks, 0 to 1.
+
+    max_context_tokens: the longest sequence that it can hold, 0 where it does not say. A request whose prompt is as
+    long as that can never run there.
+    """
 
     worker_id: str
     model: str
@@ -37,6 +41,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     kv_cache_usage: float = 0.0
     max_num_sequences: int = 0
     tokens_per_s: float = 0.0
+    max_context_tokens: int = 0
 
 
 class BrokerStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -47,6 +47,7 @@ class ClientContext:
     first_token_by_s: float | None = None
     tenant: str = ""  # of the API key
     default_max_tokens: int | None = None
+    cache_scope: str = ""  # requests of different scopes share nothing in the prefix cache
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,9 @@ async def to_generation_requests(request: ChatCompletionRequest, model: ServedMo
             sampling=choice_sampling,
             arrival_s=client.arrival_s,
             deadline_s=client.deadline_s,
-            priority=priority,
+            priority=priority + (request.priority or 0),
             tenant=_tenant(request, client),
+            cache_salt=_cache_salt(request, client),
         )
         for choice, choice_sampling in enumerate(_per_choice(sampling, request.n or 1))
     )
@@ -278,3 +280,8 @@ def _choice_seed(seed: int, choice: int) -> int:
 def _tenant(request: ChatCompletionRequest, client: ClientContext) -> str:
     user = request.safety_identifier or request.user or request.prompt_cache_key or ""
     return f"{client.tenant}:{user}" if client.tenant and user else client.tenant or user
+
+
+def _cache_salt(request: ChatCompletionRequest, client: ClientContext) -> str:
+    """No scope has a slash, so different pairs are different salts."""
+    return f"{client.cache_scope}/{request.cache_salt or ''}" if client.cache_scope or request.cache_salt else ""

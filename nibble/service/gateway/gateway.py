@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,16 @@ from nibble.service.gateway.settings import GatewaySettings
 if TYPE_CHECKING:
     from nibble.service.gateway.generation import Generation
 
-_FINGERPRINT_MAX_AGE_S = 10.0  # a request asks the broker who is ready at most this often
+_FLEET_MAX_AGE_S = 10.0  # a request asks the broker who is ready at most this often
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What the ready workers are. fingerprint: what produces the tokens: engine version, model, device of one of them.
+    model: as all of them can serve it; any of them may get a request, so its context length is the smallest one's."""
+
+    fingerprint: str
+    model: ServedModel
 
 
 @dataclass
@@ -29,18 +38,21 @@ class Gateway:
     metrics: GatewayMetrics
     in_flight: set[Generation] = field(default_factory=set)
     is_draining: bool = False
-    _fingerprint: str = ""
-    _fingerprint_s: float = float("-inf")
+    _fleet: Fleet | None = None
+    _fleet_s: float = float("-inf")
 
-    async def system_fingerprint(self) -> str:
-        """What produces the tokens: engine version, model, device of a ready worker. Raises BrokerError."""
+    async def fleet(self) -> Fleet:
+        """As it was at most _FLEET_MAX_AGE_S ago. Raises BrokerError."""
         now_s = time.monotonic()
-        if now_s - self._fingerprint_s > _FINGERPRINT_MAX_AGE_S:
-            status = await self.broker.status()
-            devices = sorted({worker.device for worker in status.workers if worker.state == "ready"})
-            self._fingerprint = "-".join([f"nibble-{nibble_version()}", self.model.name, *devices[:1]])
-            self._fingerprint_s = now_s if devices else float("-inf")
-        return self._fingerprint
+        if self._fleet is None or now_s - self._fleet_s > _FLEET_MAX_AGE_S:
+            workers = [worker for worker in (await self.broker.status()).workers if worker.state == "ready"]
+            devices = sorted({worker.device for worker in workers})
+            fingerprint = "-".join([f"nibble-{nibble_version()}", self.model.name, *devices[:1]])
+            limits = [worker.max_context_tokens for worker in workers if worker.max_context_tokens]
+            context_length = min([self.model.context_length, *limits])
+            self._fleet = Fleet(fingerprint, replace(self.model, context_length=context_length))
+            self._fleet_s = now_s if workers else float("-inf")
+        return self._fleet
 
     def interrupt_all(self, error: ApiError) -> None:
         """End every running answer with this error."""

@@ -23,9 +23,11 @@ class GatewaySettings(ProcessSettings):
 
     model_name: what clients call the model, the directory's name by default. api_keys: separated by commas; none means
     that no key is asked for. metrics_public: /metrics needs no key. default_max_tokens: for requests that set none,
-    which otherwise may fill the context. drain_s: how long running answers may go on after SIGTERM. keep_alive_s: an
-    SSE comment is sent after that much silence, so that proxies keep the connection. needs_worker: refuse requests
-    while no worker is alive; false where workers scale from zero. The last four are those of GatewayBroker.
+    which otherwise may fill the context. cache_per_key: requests with different API keys share nothing in the prefix
+    cache, whose hits can be told by the time to the first token. drain_s: how long running answers may go on after
+    SIGTERM. keep_alive_s: an SSE comment is sent after that much silence, so that proxies keep the connection.
+    needs_worker: refuse requests while no worker is alive; false where workers scale from zero. The last four are those
+    of GatewayBroker.
     """
 
     model_dir: Path
@@ -38,6 +40,7 @@ class GatewaySettings(ProcessSettings):
     vllm_metric_names: bool = True
     max_queued_requests: Annotated[int, Field(ge=1)] = 1024
     default_max_tokens: Annotated[int, Field(ge=1)] | None = None
+    cache_per_key: bool = False
     max_body_bytes: ByteSize = ByteSize(8 * 2**20)
     keep_alive_s: Annotated[float, Field(gt=0)] = 15.0
     drain_s: Annotated[float, Field(ge=0)] = 30.0

@@ -54,6 +54,7 @@ def _serve(settings: WorkerSettings) -> None:
         kv_cache_usage=0.0,
         max_num_sequences=limits.max_num_sequences,
         tokens_per_s=0.0,
+        max_context_tokens=engine.max_context_tokens,
     )
     loop = WorkerLoop(engine, broker, metrics, info, idle_wait_s=settings.lease_s / 3)
     for signal_number in (signal.SIGTERM, signal.SIGINT):

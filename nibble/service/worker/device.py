@@ -84,6 +84,7 @@ def engine_limits(settings: WorkerSettings, is_cuda: bool) -> EngineLimits:
         max_num_batched_tokens=max(settings.max_num_batched_tokens or num_tokens, max_num_sequences),
         kv_dtype=KVDtype(settings.kv_dtype),
         memory_utilization=settings.gpu_memory_utilization,
+        has_prefix_cache=settings.prefix_cache,
     )
 
 

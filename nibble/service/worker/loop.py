@@ -97,6 +97,7 @@ class WorkerLoop:
             kv_cache_usage=stats.kv_cache_usage,
             max_num_sequences=self._info.max_num_sequences,
             tokens_per_s=self._tokens_per_s(),
+            max_context_tokens=self._info.max_context_tokens,
         )
         try:
             exchange = self.broker.exchange(self._events, capacity, info)
@@ -142,11 +143,12 @@ class WorkerLoop:
                 self.metrics.observe_request(event.metrics)
             m = event.metrics
             logger.info(
-                "event=request_finished request_id=%s finish_reason=%s prompt_tokens=%s generated_tokens=%s "
-                "queue_ms=%.1f prefill_ms=%.1f decode_ms=%.1f error=%s",
+                "event=request_finished request_id=%s finish_reason=%s prompt_tokens=%s cached_tokens=%s "
+                "generated_tokens=%s queue_ms=%.1f prefill_ms=%.1f decode_ms=%.1f error=%s",
                 event.request_id,
                 event.finish_reason,
                 m.prompt_tokens if m else None,
+                m.cached_tokens if m else None,
                 m.generated_tokens if m else None,
                 m.queue_s * 1e3 if m else 0.0,
                 m.prefill_s * 1e3 if m else 0.0,

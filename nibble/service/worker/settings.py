@@ -35,6 +35,7 @@ class WorkerSettings(ProcessSettings):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     kernel_cache_dir: Path | None = None
     kv_dtype: Literal["int8", "fp16"] = "int8"
+    prefix_cache: bool = True
     lease_s: Annotated[float, Field(gt=0)] = 10.0
     metrics_host: str = "127.0.0.1"
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 8001

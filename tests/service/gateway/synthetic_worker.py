@@ -33,6 +33,7 @@ class SyntheticWorker(threading.Thread):
         self.dropped: list[str] = []
         self.is_ready = threading.Event()
         self.state: Literal["loading", "ready", "draining"] = "ready"
+        self.max_context_tokens = 0
         self._url, self._namespace, self._model = url, namespace, model
         self._running: dict[str, tuple[GenerationRequest, list[int], int]] = {}
         self._must_stop = threading.Event()
@@ -44,7 +45,13 @@ class SyntheticWorker(threading.Thread):
 
     def run(self) -> None:
         broker = WorkerBroker(self._url, "synthetic", namespace=self._namespace)
-        info = WorkerInfo(worker_id="synthetic", model=self._model, device="synthetic", state=self.state)
+        info = WorkerInfo(
+            worker_id="synthetic",
+            model=self._model,
+            device="synthetic",
+            state=self.state,
+            max_context_tokens=self.max_context_tokens,
+        )
         events: list[TokenEvent] = []
         while not self._must_stop.is_set():
             exchange = broker.exchange(events, 64, info)
@@ -84,6 +91,7 @@ class SyntheticWorker(threading.Thread):
         metrics = None
         if reason is not None:
             del self._running[request.request_id]
+        if reason is not None or done == 0:  # as an engine: with the first event and with the last
             metrics = RequestMetrics(
                 prompt_tokens=len(request.prompt_token_ids),
                 cached_tokens=CACHED_TOKENS,

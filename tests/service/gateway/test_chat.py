@@ -14,6 +14,7 @@ from small_models import CONTEXT_LENGTH, VOCAB_ROOM
 from tokenizers import Tokenizer
 
 from nibble.engine.protocol import SamplingParams
+from nibble.service.broker.gateway_calls import MAX_PRIORITY
 from nibble.service.gateway.chat import ChatPlan, ClientContext, to_generation_requests
 from nibble.service.gateway.chat_template import ChatTemplate
 from nibble.service.gateway.errors import ApiError, ContextLengthExceeded, InvalidRequest, NotFound
@@ -139,6 +140,23 @@ def test_service_tier_orders_the_queue(served_model: ServedModel) -> None:
     assert priorities == sorted(priorities)
     assert len(set(priorities)) == 3
     assert [made.service_tier for made in plans] == ["priority", "default", "flex"]
+
+
+def test_a_priority_orders_within_a_tier_and_beyond(served_model: ServedModel) -> None:
+    assert plan(served_model, priority=-3).requests[0].priority == -3
+    flex = plan(served_model, service_tier="flex").requests[0].priority
+    assert plan(served_model, service_tier="flex", priority=2).requests[0].priority == flex + 2
+    extremes = [plan(served_model, service_tier=t, priority=p) for t, p in (("flex", 4000), ("priority", -4000))]
+    assert all(abs(made.requests[0].priority) <= MAX_PRIORITY for made in extremes), "the queue takes it"
+
+
+def test_a_salt_separates_caches_within_an_api_keys_own(served_model: ServedModel) -> None:
+    def salt(scope: str = "", **fields: str) -> str:
+        client = ClientContext(request_id="x", arrival_s=0.0, tenant="0a1b", cache_scope=scope)
+        return plan(served_model, client, **fields).requests[0].cache_salt
+
+    assert salt() == salt(user="ann") == ""
+    assert len({salt(), salt(cache_salt="a"), salt("0a1b"), salt("0a1b", cache_salt="a"), salt(cache_salt="0a1b")}) == 5
 
 
 @pytest.mark.parametrize(("stop", "expected"), [("x", ("x",)), (["a", "b"], ("a", "b")), ([], ()), (None, ())])

@@ -64,6 +64,16 @@ def test_whole_answer(running: RunningGateway) -> None:
     assert answer.usage.completion_tokens_details.reasoning_tokens == 0
 
 
+def test_cached_tokens_are_known_where_a_stop_string_ended_the_answer(running: RunningGateway) -> None:
+    """The gateway ends it; the worker's last event is never seen."""
+    running.reply_with("one two three four")
+    answer = running.openai().chat.completions.create(**{**BODY, "stop": "two"})
+    assert answer.choices[0].message.content == "one "
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == CACHED_TOKENS
+
+
 def test_stream_shape(running: RunningGateway) -> None:
     response = running.post({**BODY, "stream": True})
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -360,6 +370,26 @@ def test_prompt_over_the_context_is_refused_with_numbers(running: RunningGateway
         running.openai().chat.completions.create(model="small", messages=[{"role": "user", "content": "a b " * 400}])
     assert raised.value.code == "context_length_exceeded"
     assert str(CONTEXT_LENGTH) in str(raised.value)
+
+
+def test_prompt_that_a_worker_cannot_hold_is_refused_with_its_numbers(run_gateway: Callable[..., Any]) -> None:
+    """Any worker may get it, so the smallest one counts; and so the completion is cut there."""
+    with run_gateway(has_worker=False) as running:
+        running.worker.max_context_tokens = 64
+        running.worker.start()
+        assert running.worker.is_ready.wait(10)
+        body = {"model": "small", "messages": [{"role": "user", "content": "a b " * 60}]}
+        response = running.post(body)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert "the context length of this model is 64 tokens" in response.json()["error"]["message"]
+        assert running.worker.seen == []
+        assert running.post({**BODY, "max_tokens": 60}).json()["error"]["code"] == "context_length_exceeded"
+        assert running.post(BODY).status_code == 200
+        (request,) = running.worker.seen
+        assert len(request.prompt_token_ids) + request.sampling.max_tokens == 64
+        models = httpx.get(f"{running.url}/v1/models").json()["data"]
+        assert [model["max_model_len"] for model in models] == [64]
+        running.worker.stop()
 
 
 def test_huge_prompt_is_refused_fast(running: RunningGateway) -> None:

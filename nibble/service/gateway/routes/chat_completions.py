@@ -76,13 +76,13 @@ async def _answer(request: Request, gateway: Gateway, request_id: str, arrival_s
     except ValidationError as error:
         raise from_validation(error) from error
     client = _client_context(request, gateway, request_id, arrival_s)
-    plan = await to_generation_requests(chat_request, gateway.model, client)
-    headers = _headers(plan)
     try:
-        fingerprint = await gateway.system_fingerprint()
+        fleet = await gateway.fleet()
     except BrokerError as error:
         raise from_broker(error) from error
-    identity = Identity(request_id, gateway.model.name, int(arrival_s), fingerprint, plan.service_tier)
+    plan = await to_generation_requests(chat_request, fleet.model, client)
+    headers = _headers(plan)
+    identity = Identity(request_id, gateway.model.name, int(arrival_s), fleet.fingerprint, plan.service_tier)
     generation = await Generation.start(plan, gateway)
     if plan.stream:
         return StreamResponse(generation, identity, headers, gateway.settings.keep_alive_s)
@@ -90,13 +90,15 @@ async def _answer(request: Request, gateway: Gateway, request_id: str, arrival_s
 
 
 def _client_context(request: Request, gateway: Gateway, request_id: str, arrival_s: float) -> ClientContext:
+    tenant = request.scope.get(TENANT, "")
     return ClientContext(
         request_id=request_id,
         arrival_s=arrival_s,
         deadline_s=_time_limit(request, "x-nibble-timeout-ms", arrival_s),
         first_token_by_s=_time_limit(request, "x-nibble-ttft-timeout-ms", arrival_s),
-        tenant=request.scope.get(TENANT, ""),
+        tenant=tenant,
         default_max_tokens=gateway.settings.default_max_tokens,
+        cache_scope=tenant if gateway.settings.cache_per_key else "",
     )
 
 

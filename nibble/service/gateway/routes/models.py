@@ -8,9 +8,10 @@ import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from nibble.service.broker.errors import BrokerError
 from nibble.service.gateway.errors import model_not_found
+from nibble.service.gateway.gateway import Gateway
 from nibble.service.gateway.routes.body import gateway_of
-from nibble.service.gateway.served_model import ServedModel
 
 router = APIRouter(tags=["models"])
 
@@ -18,20 +19,24 @@ router = APIRouter(tags=["models"])
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     """List the models that can be named in a request."""
-    models = [_model_object(gateway_of(request).model)]
+    models = [await _model_object(gateway_of(request))]
     return _json({"object": "list", "data": models})
 
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(model: str, request: Request) -> Response:
     """Describe one model."""
-    served = gateway_of(request).model
-    if model != served.name:
+    gateway = gateway_of(request)
+    if model != gateway.model.name:
         raise model_not_found(model)
-    return _json(_model_object(served))
+    return _json(await _model_object(gateway))
 
 
-def _model_object(model: ServedModel) -> dict[str, Any]:
+async def _model_object(gateway: Gateway) -> dict[str, Any]:
+    try:
+        model = (await gateway.fleet()).model
+    except BrokerError:  # nobody is served now, but the model is what it is
+        model = gateway.model
     return {
         "id": model.name,
         "object": "model",

@@ -17,6 +17,7 @@ MAX_CHOICES = 128
 MAX_STOPS = 4
 MAX_STOP_CHARS = 4096  # each choice holds a table as long as its stop strings
 MAX_LOGPROBS = 20
+MAX_PRIORITY = 4000  # with what a service tier adds, within what the queue takes
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -115,9 +116,11 @@ class ChatCompletionRequest(Body):
 
     # who asks, and how urgently
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "standard"] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     user: Annotated[str, Field(max_length=256)] | None = None
     safety_identifier: Annotated[str, Field(max_length=256)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=256)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
