@@ -11,6 +11,10 @@ from enum import StrEnum
 
 import msgspec
 
+# A request is served as if it had come so much later for each step of its priority number, in the queue and in the
+# engine. So a lower number goes first among requests that came within that time, and nobody waits for ever.
+PRIORITY_S = 60.0  # longer than most requests take: within a burst, priorities are strict
+
 
 class FinishReason(StrEnum):
     """Why a request ended. Every request ends with exactly one of these."""
@@ -44,8 +48,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=Tr
     """One prompt to be continued. Immutable from the moment it is submitted.
 
     arrival_s and deadline_s are Unix times in seconds; a request that has not finished by its deadline ends
-    with an error. A lower priority number is served first. tenant groups requests for fairness. Requests share what
-    was computed of a common prefix only if they have the same cache_salt.
+    with an error. A lower priority number is served first, see PRIORITY_S. tenant groups requests for fairness.
+    Requests share what was computed of a common prefix only if they have the same cache_salt.
     """
 
     request_id: str

@@ -16,8 +16,8 @@ from nibble.engine.errors import RequestError
 from nibble.engine.limits import EngineLimits
 from nibble.engine.llm_engine import LLMEngine
 from nibble.engine.model_runner import PendingStep
-from nibble.engine.protocol import GenerationRequest
-from nibble.engine.service_order import PRIORITY_S, Rank, ServiceOrder, aged_priority
+from nibble.engine.protocol import PRIORITY_S, GenerationRequest
+from nibble.engine.service_order import Rank, ServiceOrder, aged_priority
 
 MakeEngine = Callable[..., LLMEngine]
 

@@ -12,7 +12,7 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.exceptions import NoScriptError, RedisError
 
-from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
+from nibble.engine.protocol import PRIORITY_S, FinishReason, GenerationRequest, TokenEvent
 from nibble.service.broker import scripts
 from nibble.service.broker.errors import BrokerError, DuplicateRequest, NoWorker, QueueFull, translated
 from nibble.service.broker.keys import Keys
@@ -26,7 +26,7 @@ from nibble.service.broker.wire import (
     unpack_tokens,
 )
 
-MAX_PRIORITY = 4095  # scores of the queue stay exact (scripts/submit.lua)
+MAX_PRIORITY = 4095  # nobody means to wait for days
 CALL_TIMEOUT_S = 2.0
 _ATTEMPTS_PER_RESTORE = 1 << 20  # attempts of a restored request begin above all earlier ones
 
@@ -121,7 +121,7 @@ class GatewayCalls:
             encode(request),
             self._gateway_id,
             nonce,
-            request.priority,
+            round(request.priority * PRIORITY_S * 1000),
             "" if request.deadline_s is None else round(request.deadline_s * 1000),
             max(1, round(self._policy.log_ttl_s * 1000)),
             self._policy.max_attempts,

@@ -2,7 +2,8 @@
 
 All keys begin with the namespace in braces, a hash tag, so that a Redis cluster keeps a deployment in one slot:
 
-    {nibble}:queue                  zset   request ids waiting for a worker; score = priority * 2^40 + arrival number
+    {nibble}:queue                  zset   request ids waiting for a worker; score = arrival, Unix ms, and what its
+                                           priority is worth of it, finer by an arrival number (scripts/submit.lua)
     {nibble}:suspects               zset   the same for requests one crash short of quarantine (see common.lua)
     {nibble}:suspect_of             hash   worker -> the suspect it was given last
     {nibble}:leases                 zset   worker -> expiry of its lease, Unix ms of the server's clock

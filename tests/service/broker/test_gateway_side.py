@@ -81,6 +81,16 @@ async def test_requests_are_served_by_priority_then_arrival(make_gateway, make_w
     assert order == ["g", "c", "e", "a", "d", "b", "f"]
 
 
+async def test_a_priority_is_worth_time_so_that_nobody_waits_for_ever(make_gateway, redis_client, keys):
+    gateway = await make_gateway()
+    for name, priority in [("a", 0), ("b", 1), ("c", -2)]:
+        await gateway.submit(make_request(name, priority=priority))
+    score = {name.decode(): score for name, score in redis_client.zrange(keys.queue, 0, -1, withscores=True)}
+    per_s = 1000 * 1024  # see scripts/submit.lua
+    assert (score["b"] - score["a"]) / per_s == pytest.approx(60, abs=5)
+    assert (score["c"] - score["a"]) / per_s == pytest.approx(-120, abs=5)
+
+
 async def test_priority_beyond_what_the_queue_can_order_is_an_error(make_gateway):
     gateway = await make_gateway()
     with pytest.raises(ValueError, match="4096"):

@@ -1,13 +1,13 @@
 -- Admits a request and puts it into the queue, or restores one that a gateway holds and this server has lost.
--- ARGV: id, request, gateway, nonce, priority, deadline_ms or '', log_ttl_ms, max_attempts, max_queued, needs_worker,
+-- ARGV: id, request, gateway, nonce, priority_ms, deadline_ms or '', log_ttl_ms, max_attempts, max_queued, needs_worker,
 --       attempt and tokens of a restored request ('' and '' for a new one).
 -- Returns {'ok'}, {'duplicate'}, {'queue_full', queued, retry_after_ms} or {'no_worker', 0, retry_after_ms}.
 
-local id, request, gateway, nonce, priority, deadline_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local id, request, gateway, nonce, priority_ms, deadline_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local log_ttl_ms, max_attempts, max_queued, needs_worker = ARGV[7], ARGV[8], tonumber(ARGV[9]), ARGV[10] == '1'
 local is_restore, attempt, tokens = ARGV[11] ~= '', ARGV[11], ARGV[12]
 
-local ARRIVALS_PER_PRIORITY = 1099511627776  -- 2^40; with priorities within +-4096 scores stay exact doubles
+local ARRIVALS_PER_MS = 1024  -- told apart by their order; scores stay exact doubles for two centuries
 local UNKNOWN_RETRY_MS, MIN_RETRY_MS, MAX_RETRY_MS = 5000, 1000, 60000
 
 -- The time to serve half of what waits, so that the queue has room and has not run dry when the client returns.
@@ -52,7 +52,8 @@ if refused then
   return refused
 end
 
-local score = priority * ARRIVALS_PER_PRIORITY + redis.call('INCR', ns .. ':arrivals')
+local arrival = redis.call('INCR', ns .. ':arrivals') % ARRIVALS_PER_MS
+local score = (now + priority_ms) * ARRIVALS_PER_MS + arrival
 redis.call('SET', key('request', id), request)
 if #tokens > 0 then
   redis.call('SET', key('tokens', id), tokens)
