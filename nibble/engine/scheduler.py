@@ -87,14 +87,14 @@ class Scheduler:
         """One token for every sequence that lacks its newest token alone."""
         # By rank, so that whoever is preempted for want of blocks has no chunk in this step yet.
         for sequence in [sequence for sequence in self.running if sequence.is_decoding]:
-            is_preempted = not sequence.block_table  # for one before it
-            if not is_preempted and self._make_room(sequence, sequence.num_tokens):
-                batch.decode.append(Chunk(sequence, 1, samples=True))
+            if sequence.block_table and self._make_room(sequence):  # else it was preempted for one before it
+                batch.decode.append(Chunk(sequence, 1, True))
 
     def _schedule_rest(self, batch: Batch) -> None:
         """What is left of the budget, by rank: to sequences that lack more, and to new ones while their blocks fit."""
         budget = self.max_num_batched_tokens - len(batch.decode)
-        begun = [sequence for sequence in self.running if not sequence.is_decoding]
+        is_rest = len(batch.decode) < len(self.running)
+        begun = [sequence for sequence in self.running if not sequence.is_decoding] if is_rest else []
         room = self.max_num_sequences - len(self.running)
         is_full = False
         for sequence in merge(begun, self.waiting[:room], key=_by_rank):
@@ -135,9 +135,9 @@ class Scheduler:
         insort(self.running, sequence, key=_by_rank)
         return True
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Grow the sequence's blocks, preempting the last in the order. False: that was itself."""
-        table = sequence.block_table
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Have a block for the sequence's next token, preempting the last in the order. False: that was itself."""
+        table, num_tokens = sequence.block_table, sequence.num_computed_tokens + 1
         if num_tokens <= len(table) * BLOCK_SIZE:  # 63 of 64 times, for every sequence in every step
             return True
         self._share_blocks(sequence)

@@ -91,12 +91,13 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Whether nothing is to be computed but its newest token, a generated one."""
         num_computed = self.num_computed_tokens
-        return num_computed >= self.num_prompt_tokens and num_computed + 1 == self.num_tokens
+        num_tokens = len(self.token_ids) + self.num_unread_tokens  # as num_tokens; asked of all in every step
+        return num_computed + 1 == num_tokens and num_computed >= self.num_prompt_tokens
 
     @property
     def is_complete(self) -> bool:
         """Whether the last token it may have was sampled, be it read or not: there is nothing more to compute."""
-        return self.num_tokens >= self.max_num_tokens
+        return len(self.token_ids) + self.num_unread_tokens >= self.max_num_tokens
 
     def block_hashes(self, num_blocks: int) -> list[bytes]:
         """Names of what its first num_blocks blocks hold, or will; their tokens are all read."""
