@@ -8,7 +8,7 @@ the host changed since.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -89,20 +89,14 @@ class SimulatedKernels:
 
 
 class SimulatedRunner(ModelRunner):
-    """Remembers what was written to which KV slot, and refuses to attend to a context that is not there.
+    """Remembers what was written to which KV slot, and refuses to attend to a context that is not there."""
 
-    check_every: 1 looks at all of a context in every step; BLOCK_SIZE at one token of each block, for long simulations.
-    """
-
-    def __init__(
-        self, num_blocks: int, max_num_batched_tokens: int, is_asynchronous: bool = False, check_every: int = 1
-    ) -> None:
+    def __init__(self, num_blocks: int, max_num_batched_tokens: int, is_asynchronous: bool = False) -> None:
         self.kernels = cast(Kernels, SimulatedKernels(is_asynchronous))
         self.num_blocks = num_blocks
         self.kv_cache = np.zeros((1, num_blocks, 1, 1), np.uint8)
-        self.slots: dict[int, int] = {}  # slot -> what stands for the key and value in it
+        self.blocks = [[0] * BLOCK_SIZE for _ in range(num_blocks)]  # what stands for the keys and values in them
         self._expected: dict[str, tuple[Sequence, list[int]]] = {}  # what must be in a sequence's slots, by request id
-        self._check_every = check_every
         self.latest: dict[int, tuple[Sequence, int]] = {}  # row -> whose, its newest token id
         self.max_num_batched_tokens = max_num_batched_tokens
         self.nonfinite: set[str] = set()
@@ -131,6 +125,11 @@ class SimulatedRunner(ModelRunner):
         self.num_collected += 1
         return super().collect(step)
 
+    def forget_sequences(self) -> None:
+        """What it worked out of them; the device's memory stays."""
+        self._expected.clear()
+        self.latest.clear()
+
     def _work(self, chunk: Chunk) -> Work:
         sequence = chunk.sequence
         start, stop = sequence.num_computed_tokens, sequence.num_computed_tokens + chunk.num_tokens
@@ -148,36 +147,44 @@ class SimulatedRunner(ModelRunner):
             self._write(work)
         for row, work in enumerate(work for work in step if work.samples):
             is_finite = work.sequence.request_id not in self.nonfinite
-            self.latest[row] = (work.sequence, _token(work, work.stop) if is_finite else -1)
+            (newest,) = _tokens(work.sequence, work.stop, work.stop + 1)
+            self.latest[row] = (work.sequence, newest if is_finite else -1)
         num_rows = max(self.latest, default=-1) + 1
         return np.array([self.latest[row][1] for row in range(num_rows)], np.int32)
 
     def _attend(self, work: Work) -> None:
         expected = self._kv_values(work)
-        for position in {*range(0, work.start, self._check_every), work.start - 1} - {-1}:
-            assert self.slots[_slot(work, position)] == expected[position], "the context is not there"
+        for block_id, start, stop in _blocks(work, 0, work.start):
+            assert self.blocks[block_id][: stop - start] == expected[start:stop], "the context is not there"
 
     def _write(self, work: Work) -> None:
+        token_ids = work.token_ids
+        if token_ids[-1] is None:
+            owner, newest = self.latest[work.newest_row]
+            assert owner is work.sequence
+            token_ids = [*token_ids[:-1], newest]
+        if work.sequence.request_id not in self.nonfinite:
+            assert token_ids == _tokens(work.sequence, work.start, work.stop)
         expected = self._kv_values(work)
-        for position, token_id in enumerate(work.token_ids, work.start):
-            if token_id is None:
-                owner, token_id = self.latest[work.newest_row]
-                assert owner is work.sequence
-            if work.sequence.request_id not in self.nonfinite:
-                assert token_id == _token(work, position)
-            self.slots[_slot(work, position)] = expected[position]
+        for block_id, start, stop in _blocks(work, work.start, work.stop):
+            first = start % BLOCK_SIZE
+            self.blocks[block_id][first : first + stop - start] = expected[start:stop]
 
     def _kv_values(self, work: Work) -> list[int]:
         """What must be in the slots of a sequence's tokens, those of this step included."""
-        owner, values = self._expected.get(work.sequence.request_id, (None, []))
-        if owner is not work.sequence:
+        sequence = work.sequence
+        owner, values = self._expected.get(sequence.request_id, (None, []))
+        if owner is not sequence:
             if len(self._expected) >= MAX_EXPECTED:
                 self._expected.clear()
             values = []
-            self._expected[work.sequence.request_id] = (work.sequence, values)
-        for position in range(len(values), work.stop):
-            is_prompt = position < work.sequence.num_prompt_tokens
-            values.append(hash((values[-1] if values else 0, _token(work, position), is_prompt)))
+            self._expected[sequence.request_id] = (sequence, values)
+        value = values[-1] if values else 0
+        if len(values) >= work.stop:
+            return values
+        for position, token_id in enumerate(_tokens(sequence, len(values), work.stop), len(values)):
+            value = hash((value, token_id, position < sequence.num_prompt_tokens))
+            values.append(value)
         return values
 
 
@@ -189,11 +196,14 @@ class SimulatedCopy:
         return self.compute()
 
 
-def _slot(work: Work, position: int) -> int:
-    return work.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+def _blocks(work: Work, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """The blocks of positions start..stop, with the part of these positions that is in each."""
+    for first in range(start - start % BLOCK_SIZE, stop, BLOCK_SIZE):
+        yield work.block_table[first // BLOCK_SIZE], max(first, start), min(first + BLOCK_SIZE, stop)
 
 
-def _token(work: Work, position: int) -> int:
-    """What a sequence's token at this position must be."""
-    request, index = work.sequence.request, position - work.sequence.num_prompt_tokens
-    return request.prompt_token_ids[position] if index < 0 else token_at(request.sampling.seed, index)
+def _tokens(sequence: Sequence, start: int, stop: int) -> list[int]:
+    """What a sequence's tokens at these positions must be."""
+    num_prompt, seed = sequence.num_prompt_tokens, sequence.request.sampling.seed
+    generated = [token_at(seed, position - num_prompt) for position in range(max(start, num_prompt), stop)]
+    return sequence.request.prompt_token_ids[start:stop] + generated
