@@ -265,7 +265,10 @@ class EngineMachine(RuleBasedStateMachine):
     def books_balance(self) -> None:
         if hasattr(self, "engine"):
             check_integrity(self.engine)
-            assert len(self.engine.scheduler.running) <= self.engine.scheduler.max_num_sequences
+            scheduler = self.engine.scheduler
+            assert len(scheduler.running) <= scheduler.max_num_sequences
+            for sequences in (scheduler.running, scheduler.waiting):
+                assert sequences == sorted(sequences, key=lambda sequence: sequence.rank)
 
     def teardown(self) -> None:
         for _ in range(20_000):

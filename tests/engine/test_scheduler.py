@@ -149,12 +149,13 @@ def test_nobody_is_preempted_in_vain(make_engine: MakeEngine) -> None:
 
 
 def test_an_urgent_one_that_waits_for_a_prefix_preempts_nobody(make_engine: MakeEngine) -> None:
-    engine = make_engine(num_blocks=8)
-    engine.add(request("lesser", num_prompt_tokens=60, max_tokens=4, seed=1, priority=1))
-    engine.step()
+    engine = make_engine(num_blocks=12)
+    engine.add(request("lesser", num_prompt_tokens=300, max_tokens=20, seed=1, priority=1))  # five blocks
+    for _ in range(6):
+        engine.step()
     prompt = [*range(1, 260)]
-    engine.add(request("first", prompt=prompt, max_tokens=100, seed=2, arrival_s=1.0))
-    engine.add(request("second", prompt=prompt, max_tokens=5, seed=3, arrival_s=2.0))
+    engine.add(request("first", prompt=prompt, max_tokens=20, seed=2, arrival_s=1.0))  # five more
+    engine.add(request("second", prompt=prompt, max_tokens=5, seed=3, arrival_s=2.0))  # one, when it finds the others
     finished_in_order(engine)
     assert engine.scheduler.num_preemptions == 0
 
@@ -208,6 +209,18 @@ def test_a_preempted_sequence_keeps_its_rank(make_engine: MakeEngine) -> None:
     assert finished_in_order(engine) == ["r0", "r1", "r2"]
     assert engine.scheduler.num_preemptions > 0
     assert asked == ["r0", "r1", "r2"]
+
+
+def test_a_preempted_sequence_is_served_before_younger_ones(make_engine: MakeEngine) -> None:
+    engine = make_engine(num_blocks=3)
+    for i in range(3):
+        engine.add(request(f"r{i}", num_prompt_tokens=50, max_tokens=100, seed=i, arrival_s=float(i)))
+    engine.step()
+    for i in range(3, 6):
+        engine.add(request(f"r{i}", num_prompt_tokens=50, max_tokens=5, seed=i, arrival_s=float(i)))
+    while engine.scheduler.num_preemptions == 0:
+        engine.step()
+    assert [sequence.request_id for sequence in engine.scheduler.waiting] == ["r2", "r3", "r4", "r5"]
 
 
 def test_a_request_that_outgrew_a_smaller_worker_is_refused(make_engine: MakeEngine) -> None:
