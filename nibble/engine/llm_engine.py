@@ -25,8 +25,8 @@ from nibble.engine.memory_plan import make_runner
 from nibble.engine.model import DecoderModel
 from nibble.engine.model_config import ModelConfig
 from nibble.engine.model_runner import ModelRunner, PendingStep
-from nibble.engine.pass_inputs import MAX_STOP_TOKEN_IDS
 from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
+from nibble.engine.sampling_params import check_sampling
 from nibble.engine.scheduler import Scheduler
 from nibble.engine.sequence import Sequence
 from nibble.engine.service_order import ServiceOrder, aged_priority
@@ -162,9 +162,7 @@ class LLMEngine:
             raise RequestError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
         if request.sampling.max_tokens < 1:
             raise RequestError(f"max_tokens is {request.sampling.max_tokens}, the least is 1")
-        if len(request.sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            num_ids = len(request.sampling.stop_token_ids)
-            raise RequestError(f"request has {num_ids} stop token ids, the limit is {MAX_STOP_TOKEN_IDS}")
+        check_sampling(request.sampling, self.config.vocab_size)
         if request.request_id in self._sequences:
             raise RequestError(f"request {request.request_id} is already running")
 
@@ -190,16 +188,20 @@ class LLMEngine:
         if token_id < 0:
             self.stats.num_nonfinite_logits += 1
             self.scheduler.remove_unsound(sequence)
-            return self._finish(sequence, FinishReason.ERROR, "the model's logits were not finite", [])
+            error = "no token could be drawn: the model's logits were not finite, or all tokens were forbidden"
+            return self._finish(sequence, FinishReason.ERROR, error, [])
         is_first, now_s = sequence.first_token_s is None, self._now()
         sequence.append(token_id, now_s)
         if sequence.finish_reason is not None:
             return self._finish(sequence, sequence.finish_reason, None, [token_id])
+        logprobs, prompt_logprobs = sequence.take_logprobs()
         return TokenEvent(
             request_id=sequence.request_id,
             index=sequence.num_read_tokens - 1,
             token_ids=[token_id],
             metrics=sequence.metrics(now_s) if is_first else None,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _expire(self) -> list[TokenEvent]:
@@ -210,6 +212,7 @@ class LLMEngine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None, token_ids: list[int]) -> TokenEvent:
         self.abort(sequence.request_id)
+        logprobs, prompt_logprobs = sequence.take_logprobs() if token_ids else (None, None)
         return TokenEvent(
             request_id=sequence.request_id,
             index=sequence.num_read_tokens - len(token_ids),
@@ -217,6 +220,8 @@ class LLMEngine:
             finish_reason=reason,
             error=error,
             metrics=sequence.metrics(self._now()),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _record(self, step: PendingStep, num_sampled: int) -> None:

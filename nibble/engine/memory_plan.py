@@ -145,6 +145,6 @@ def _compute_every_shape(kernels: Kernels, model: DecoderModel, limits: EngineLi
     for num_tokens in sorted(sizes):
         fewest = -(-num_tokens // model.config.max_context_tokens)
         for num_sequences in {fewest, min(num_tokens, limits.max_num_sequences)}:
-            shape = PassShape(num_tokens, num_sequences, max_blocks, num_sequences, num_bans=0)
+            shape = PassShape(num_tokens, num_sequences, max_blocks, num_sequences, adjusts=True)
             for mode in Mode:
                 runner.compute_idle(shape, mode)

@@ -14,20 +14,23 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
+from nibble.engine.adjustments import NUM_HOST_BUFFERS, Adjustments
 from nibble.engine.batch import Batch, Chunk
 from nibble.engine.block_manager import num_blocks_for
 from nibble.engine.model import DecoderModel, ForwardBatch
-from nibble.engine.pass_inputs import MAX_STOP_TOKEN_IDS, PassInputs, PassShape, cut, fill, fill_idle, shape_of
+from nibble.engine.pass_inputs import PassInputs, PassShape, cut, fill, fill_idle, prompt_targets, shape_of
+from nibble.engine.sampling_params import record_bytes
 from nibble.engine.sequence import Sequence
-from nibble.kernels.interface import HostCopy, Kernels, Mode
+from nibble.kernels.interface import Array, HostCopy, Kernels, Mode
 from nibble.kernels.layout import BLOCK_SIZE
+from nibble.kernels.sampling import LOGPROB_WORDS
 
-NUM_HOST_BUFFERS = 2  # one is filled while the copy of the other may still be under way
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # rows that steps are captured for
 
 
@@ -40,6 +43,18 @@ class PendingStep:
     latest: HostCopy
     num_bytes: int  # that any implementation must read for it: all weights, each sequence's keys and values
     launched_s: float  # time.perf_counter()
+    logprobs: HostCopy | None = None  # rows as of `latest`, if anybody wants them
+    prompt_logprobs: HostCopy | None = None  # of prompt_parts, one after another
+    prompt_parts: list[PromptPart] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PromptPart:
+    """num_tokens tokens of a sequence's prompt, from first_token on, whose log probabilities a step computes."""
+
+    sequence: Sequence
+    first_token: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -67,35 +82,29 @@ class ModelRunner:
         self._idle_block = num_blocks
         self._max_blocks = num_blocks_for(config.max_context_tokens)
         self._latest = kernels.zeros((max_sequences,), np.int32)
+        self._logprobs = kernels.zeros((max_sequences, LOGPROB_WORDS), np.int32)
+        self._prompt_logprobs = kernels.zeros((max_tokens, LOGPROB_WORDS), np.int32)
+        self._adjustments = Adjustments(kernels, max_sequences, config.vocab_size)
         # In one step some sequences may be in a captured pass and some in another one, all of them together are
         # max_sequences: two passes of that size are more than enough.
-        size = (
-            2
-            * PassShape(
-                max_tokens, max_sequences, self._max_blocks, max_sequences, max_sequences * MAX_STOP_TOKEN_IDS
-            ).num_bytes
-        )
+        shape = PassShape(max_tokens, max_sequences, self._max_blocks, max_sequences, True, max_tokens)
+        size = 2 * shape.num_bytes
         self._host = [kernels.host_buffer((size,), np.uint8) for _ in range(NUM_HOST_BUFFERS)]
         self._turn = 0  # which host buffer is the present step's
         self._inputs = kernels.zeros((size,), np.uint8)
         self._buckets = [b for b in BUCKETS if b < max_sequences] + [max_sequences]
-        self._captured: list[CapturedPass] = []  # one per bucket, if there are any
+        self._captured: dict[bool, list[CapturedPass]] = {}  # by PassShape.adjusts; one per bucket, if there are any
 
     def capture(self) -> None:
         """Capture the decode pass for every bucket. Without it (on a synchronous backend) all passes run op by op."""
-        for num_rows in self._buckets:
-            shape = PassShape(num_rows, num_rows, self._max_blocks, num_rows)
-            host = [cut(buffer, shape) for buffer in self._host]
-            fill_idle(host[self._turn], shape, 0, self._idle_block)
-            self._upload(shape.num_bytes)
-            replay = self.kernels.capture(partial(self._compute, cut(self._inputs, shape), Mode.DECODE))
-            self.kernels.start_to_host(self._latest).wait()  # the host buffer is free again
-            self._captured.append(CapturedPass(shape, host, replay))
+        for adjusts in (False, True):
+            self._captured[adjusts] = [self._capture_pass(num_rows, adjusts) for num_rows in self._buckets]
 
     def launch(self, batch: Batch) -> PendingStep:
         """Start to compute a batch, behind those that were started before."""
         launched_s = time.perf_counter()
         self._turn = (self._turn + 1) % NUM_HOST_BUFFERS
+        self._adjustments.begin(self._turn)
         passes: list[Callable[[], None]] = []
         sequences: list[Sequence] = []
         start = 0
@@ -106,14 +115,35 @@ class ModelRunner:
                 passes.append(compute)
                 sequences += [chunk.sequence for chunk in chunks if chunk.samples]
         self._upload(start)
+        self._adjustments.upload()
         for compute in passes:
             compute()
-        latest = self.kernels.start_to_host(self._latest)
+        start_to_host = self.kernels.start_to_host
+        wants_logprobs = any(sequence.request.sampling.logprobs is not None for sequence in sequences)
+        parts = _prompt_parts(batch)
+        num_parts_tokens = sum(part.num_tokens for part in parts)
+        step = PendingStep(
+            batch,
+            sequences,
+            start_to_host(self._latest),
+            self._step_bytes(batch),
+            launched_s,
+            start_to_host(self._logprobs) if wants_logprobs else None,
+            start_to_host(self._prompt_logprobs[:num_parts_tokens]) if parts else None,
+            parts,
+        )
         self._advance(batch)
-        return PendingStep(batch, sequences, latest, self._step_bytes(batch), launched_s)
+        return step
 
     def collect(self, step: PendingStep) -> list[tuple[Sequence, int]]:
-        """Wait for a step; the new token of each chunk that samples, -1 where its logits are not finite."""
+        """Wait for a step; the new token of each chunk that samples, -1 where nothing could be drawn.
+
+        Records of log probabilities are left in the sequences.
+        """
+        if step.logprobs is not None:
+            _keep_logprobs(step.sequences, step.logprobs.wait())
+        if step.prompt_logprobs is not None:
+            _keep_prompt_logprobs(step.prompt_parts, step.prompt_logprobs.wait())
         return list(zip(step.sequences, step.latest.wait()[: len(step.sequences)].tolist(), strict=True))
 
     def compute_idle(self, shape: PassShape, mode: Mode) -> None:
@@ -128,14 +158,14 @@ class ModelRunner:
     ) -> tuple[int, Callable[[], None]]:
         """Fill the host buffer from `start` on; (bytes filled, what computes the pass once they are uploaded)."""
         shape = shape_of(chunks)
-        if mode is Mode.DECODE and self._captured and shape.num_tokens == len(chunks) and not shape.num_bans:
+        if mode is Mode.DECODE and self._captured and shape.num_tokens == len(chunks):
             assert start == 0, "captured passes read the front of the inputs"
-            captured = self._captured[bisect_left(self._buckets, len(chunks))]
-            fill(captured.host[self._turn], chunks, first_sample_row)
+            captured = self._captured[shape.adjusts][bisect_left(self._buckets, len(chunks))]
+            fill(captured.host[self._turn], chunks, first_sample_row, self._adjustments)
             if len(chunks) < captured.shape.num_sequences:
                 fill_idle(captured.host[self._turn], captured.shape, len(chunks), self._idle_block)
             return captured.shape.num_bytes, captured.replay
-        fill(cut(self._host[self._turn][start:], shape), chunks, first_sample_row)
+        fill(cut(self._host[self._turn][start:], shape), chunks, first_sample_row, self._adjustments)
         return shape.num_bytes, partial(self._compute, cut(self._inputs[start:], shape), mode)
 
     def _compute(self, inputs: PassInputs, mode: Mode) -> None:
@@ -145,12 +175,46 @@ class ModelRunner:
             ids = kernels.gather_ids(inputs.ids, self._latest)
             batch = ForwardBatch(ids, inputs.positions, inputs.slots, inputs.attention, mode)
             hidden = self.model.forward(batch, self.kv_cache)
+            self._compute_prompt_logprobs(hidden, inputs)
             if len(inputs.last_rows) == 0:
                 return
             logits = self.model.logits(hidden, inputs.last_rows)
-            if len(inputs.ban_rows):
-                kernels.add_to_logits(logits, inputs.ban_rows, inputs.ban_ids, inputs.ban_values)
-            kernels.scatter_ids(kernels.sample(logits, inputs.sampling), inputs.sample_rows, self._latest)
+            if len(inputs.adjustment_slots):
+                self._sample_adjusted(logits, ids, inputs)
+            else:
+                kernels.scatter_ids(kernels.sample(logits, inputs.sampling), inputs.sample_rows, self._latest)
+
+    def _sample_adjusted(self, logits: Array, ids: Array, inputs: PassInputs) -> None:
+        """Log probabilities are those of the model, so its logits are kept for the rows that want some."""
+        kernels, adjustments = self.kernels, self._adjustments
+        raw = kernels.copy_rows(logits, inputs.num_logprobs)
+        kernels.adjust_logits(logits, adjustments.slots, inputs.adjustment(ids))
+        kernels.mask_logits(logits, adjustments.masks, inputs.mask_rows)
+        sampled = kernels.sample(logits, inputs.sampling)
+        kernels.scatter_ids(sampled, inputs.sample_rows, self._latest)
+        kernels.logprobs(raw, sampled, inputs.num_logprobs, self._logprobs, inputs.sample_rows)
+
+    def _compute_prompt_logprobs(self, hidden: Array, inputs: PassInputs) -> None:
+        """So many tokens at once as a step can sample: logits take more memory than all else."""
+        for start in range(0, len(inputs.prompt_rows), len(self._latest)):
+            rows = slice(start, start + len(self._latest))
+            with self.kernels.temporaries():
+                self.kernels.logprobs(
+                    self.model.logits(hidden, inputs.prompt_rows[rows]),
+                    inputs.prompt_targets[rows],
+                    inputs.prompt_num_logprobs[rows],
+                    self._prompt_logprobs,
+                    inputs.prompt_out_rows[rows],
+                )
+
+    def _capture_pass(self, num_rows: int, adjusts: bool) -> CapturedPass:
+        shape = PassShape(num_rows, num_rows, self._max_blocks, num_rows, adjusts)
+        host = [cut(buffer, shape) for buffer in self._host]
+        fill_idle(host[self._turn], shape, 0, self._idle_block)
+        self._upload(shape.num_bytes)
+        replay = self.kernels.capture(partial(self._compute, cut(self._inputs, shape), Mode.DECODE))
+        self.kernels.start_to_host(self._latest).wait()  # the host buffer is free again
+        return CapturedPass(shape, host, replay)
 
     def _upload(self, num_bytes: int) -> None:
         # Later than all kernels of the step before, which read the same device buffer: one stream does both.
@@ -167,3 +231,31 @@ class ModelRunner:
         kv_token_bytes = config.num_layers * layout.block_bytes // BLOCK_SIZE
         context_tokens = sum(chunk.sequence.num_computed_tokens for chunk in batch.chunks)
         return self.model.weight_bytes + context_tokens * kv_token_bytes
+
+
+def _prompt_parts(batch: Batch) -> list[PromptPart]:
+    """In the order of `pass_inputs.fill`; only prompts are computed in the prefill pass."""
+    return [
+        PromptPart(chunk.sequence, chunk.sequence.num_computed_tokens + 1, len(prompt_targets(chunk)))
+        for chunk in batch.prefill
+        if chunk.sequence.prompt_logprobs
+    ]
+
+
+def _keep_logprobs(sequences: list[Sequence], rows: npt.NDArray[np.int32]) -> None:
+    for sequence, row in zip(sequences, rows, strict=False):
+        count = sequence.request.sampling.logprobs
+        if count is not None:
+            sequence.newest_logprobs = row.tobytes()[: record_bytes(count)]
+
+
+def _keep_prompt_logprobs(parts: list[PromptPart], rows: npt.NDArray[np.int32]) -> None:
+    start = 0
+    for part in parts:
+        count = part.sequence.request.sampling.prompt_logprobs
+        if part.sequence.prompt_logprobs is not None and count is not None:
+            size = record_bytes(count)
+            records = rows[start : start + part.num_tokens].view(np.uint8)[:, :size]
+            first = (part.first_token - 1) * size
+            part.sequence.prompt_logprobs[first : first + part.num_tokens * size] = records.tobytes()
+        start += part.num_tokens

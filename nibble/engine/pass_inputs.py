@@ -14,24 +14,30 @@ from typing import Any
 
 import numpy as np
 
+from nibble.engine.adjustments import Adjustments
 from nibble.engine.batch import Chunk
 from nibble.engine.sequence import Sequence
-from nibble.kernels.interface import Array, AttentionBatch, SamplingBatch
+from nibble.kernels.interface import Array, AttentionBatch
 from nibble.kernels.layout import BLOCK_SIZE
+from nibble.kernels.sampling import AdjustmentBatch, SamplingBatch
 
 ALIGNMENT = 64  # bytes; more than any vector access needs
-MAX_STOP_TOKEN_IDS = 256  # per request; bounds the room for `bans`
 
 
 @dataclass(frozen=True)
 class PassShape:
-    """T tokens of S sequences, whose block tables have B columns; N of the sequences sample; n bans."""
+    """T tokens of S sequences, whose block tables have B columns; N of the sequences sample.
+
+    adjusts: whether some of these N need more than `sample`; A is N then, else 0. P: tokens of prompts whose log
+    probabilities are wanted.
+    """
 
     num_tokens: int
     num_sequences: int
     num_blocks: int
     num_samples: int
-    num_bans: int = 0
+    adjusts: bool = False
+    num_prompt_logprobs: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -57,13 +63,21 @@ class PassInputs:
     min_p: Array  # float32 (N,)
     seeds: Array  # uint64 (N,)
     draw_positions: Array  # int64 (N,)
-    ban_rows: Array  # int32 (n,), rows of the logits
-    ban_ids: Array  # int32 (n,), tokens that must not be drawn there
-    ban_values: Array  # float32 (n,), all -inf
+    adjustment_slots: Array  # int32 (A,), of `Adjustments.slots`; below 0: none
+    mask_rows: Array  # int32 (A,), of `Adjustments.masks`; below 0: none
+    num_logprobs: Array  # int32 (A,), most probable tokens to be named; below 0: no log probabilities
+    prompt_rows: Array  # int32 (P,), the tokens whose logits are those of a token of the prompt
+    prompt_targets: Array  # int32 (P,), that token
+    prompt_num_logprobs: Array  # int32 (P,)
+    prompt_out_rows: Array  # int32 (P,), counted from the first one of the pass
 
     @property
     def attention(self) -> AttentionBatch:
         return AttentionBatch(self.query_starts, self.context_lens, self.block_tables)
+
+    def adjustment(self, ids: Array) -> AdjustmentBatch:
+        """`ids` are those that the device knows all of."""
+        return AdjustmentBatch(self.adjustment_slots, ids, self.last_rows, self.draw_positions)
 
     @property
     def sampling(self) -> SamplingBatch:
@@ -89,17 +103,18 @@ def shape_of(chunks: list[Chunk]) -> PassShape:
         num_sequences=len(chunks),
         num_blocks=max(len(chunk.sequence.block_table) for chunk in chunks),
         num_samples=len(sampling),
-        num_bans=sum(len(banned_ids(sequence)) for sequence in sampling if sequence.request.sampling.min_tokens),
+        adjusts=not all(sequence.samples_plainly for sequence in sampling),
+        num_prompt_logprobs=sum(len(prompt_targets(chunk)) for chunk in chunks if chunk.sequence.prompt_logprobs),
     )
 
 
-def banned_ids(sequence: Sequence) -> tuple[int, ...]:
-    """What must not be drawn next: stop tokens, until min_tokens were generated."""
-    sampling = sequence.request.sampling
-    return sampling.stop_token_ids if sequence.num_generated_tokens < sampling.min_tokens else ()
+def prompt_targets(chunk: Chunk) -> list[int]:
+    """The tokens of the prompt that the logits of the chunk's tokens are for, the first chunk token's first."""
+    first = chunk.sequence.num_computed_tokens + 1
+    return chunk.sequence.request.prompt_token_ids[first : first + chunk.num_tokens]
 
 
-def fill(inputs: PassInputs, chunks: list[Chunk], first_sample_row: int) -> None:
+def fill(inputs: PassInputs, chunks: list[Chunk], first_sample_row: int, adjustments: Adjustments) -> None:
     """Write the chunks to the front of the host arrays. What samples gets rows from first_sample_row on, in order."""
     sequences, rows = [chunk.sequence for chunk in chunks], slice(0, len(chunks))
     stops = list(accumulate(chunk.num_tokens for chunk in chunks))
@@ -115,7 +130,12 @@ def fill(inputs: PassInputs, chunks: list[Chunk], first_sample_row: int) -> None
     last_rows = [stop - 1 for chunk, stop in zip(chunks, stops, strict=True) if chunk.samples]
     inputs.last_rows[: len(last_rows)] = last_rows
     inputs.sample_rows[: len(last_rows)] = range(first_sample_row, first_sample_row + len(last_rows))
-    _fill_sampling(inputs, [chunk.sequence for chunk in chunks if chunk.samples])
+    sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+    _fill_sampling(inputs, sampling)
+    if len(inputs.adjustment_slots):
+        _fill_adjustments(inputs, sampling, adjustments)
+    if len(inputs.prompt_rows):
+        _fill_prompt_logprobs(inputs, chunks, stops)
 
 
 def fill_idle(inputs: PassInputs, shape: PassShape, first_row: int, idle_block: int) -> None:
@@ -132,6 +152,8 @@ def fill_idle(inputs: PassInputs, shape: PassShape, first_row: int, idle_block: 
     inputs.last_rows[rows] = starts[1 : shape.num_samples + 1][rows] - 1
     inputs.sample_rows[rows], inputs.seeds[rows], inputs.draw_positions[rows] = -1, 0, 0
     inputs.temperature[rows], inputs.top_k[rows], inputs.top_p[rows], inputs.min_p[rows] = 0, 0, 1, 0
+    for array in (inputs.adjustment_slots, inputs.mask_rows, inputs.num_logprobs, inputs.prompt_num_logprobs):
+        array[rows] = -1
 
 
 def _fill_single_tokens(inputs: PassInputs, sequences: list[Sequence]) -> None:
@@ -177,14 +199,32 @@ def _fill_sampling(inputs: PassInputs, sequences: list[Sequence]) -> None:
     inputs.min_p[rows] = [p.min_p for p in params]
     inputs.seeds[rows] = [p.seed for p in params]
     inputs.draw_positions[rows] = [sequence.num_generated_tokens for sequence in sequences]
-    if len(inputs.ban_rows):
-        bans = [(row, token_id) for row, sequence in enumerate(sequences) for token_id in banned_ids(sequence)]
-        inputs.ban_rows[:], inputs.ban_ids[:] = zip(*bans, strict=True)
-        inputs.ban_values[:] = -np.inf
+
+
+def _fill_adjustments(inputs: PassInputs, sequences: list[Sequence], adjustments: Adjustments) -> None:
+    wishes = [sequence.request.sampling.logprobs for sequence in sequences]
+    rows = slice(0, len(sequences))
+    inputs.num_logprobs[rows] = [-1 if wish is None else wish for wish in wishes]
+    inputs.adjustment_slots[rows] = [adjustments.slot_of(sequence) for sequence in sequences]
+    inputs.mask_rows[rows] = [adjustments.mask_row_of(sequence) for sequence in sequences]
+
+
+def _fill_prompt_logprobs(inputs: PassInputs, chunks: list[Chunk], stops: list[int]) -> None:
+    start = 0
+    for chunk, stop in zip(chunks, stops, strict=True):
+        if not chunk.sequence.prompt_logprobs:
+            continue
+        targets, first_row = prompt_targets(chunk), stop - chunk.num_tokens
+        rows = slice(start, start + len(targets))
+        inputs.prompt_rows[rows] = range(first_row, first_row + len(targets))
+        inputs.prompt_targets[rows] = targets
+        inputs.prompt_num_logprobs[rows] = chunk.sequence.request.sampling.prompt_logprobs
+        inputs.prompt_out_rows[rows] = range(start, start + len(targets))
+        start += len(targets)
 
 
 def _fields(shape: PassShape) -> Iterator[tuple[str, tuple[int, ...], np.dtype[Any]]]:
-    tokens, sequences, samples, bans = shape.num_tokens, shape.num_sequences, shape.num_samples, shape.num_bans
+    tokens, sequences, samples = shape.num_tokens, shape.num_sequences, shape.num_samples
     for name in ("ids", "positions"):
         yield name, (tokens,), np.dtype(np.int32)
     yield "slots", (tokens,), np.dtype(np.int64)
@@ -196,9 +236,10 @@ def _fields(shape: PassShape) -> Iterator[tuple[str, tuple[int, ...], np.dtype[A
         yield name, (samples,), np.dtype(np.float32)
     yield "seeds", (samples,), np.dtype(np.uint64)
     yield "draw_positions", (samples,), np.dtype(np.int64)
-    for name in ("ban_rows", "ban_ids"):
-        yield name, (bans,), np.dtype(np.int32)
-    yield "ban_values", (bans,), np.dtype(np.float32)
+    for name in ("adjustment_slots", "mask_rows", "num_logprobs"):
+        yield name, (samples if shape.adjusts else 0,), np.dtype(np.int32)
+    for name in ("prompt_rows", "prompt_targets", "prompt_num_logprobs", "prompt_out_rows"):
+        yield name, (shape.num_prompt_logprobs,), np.dtype(np.int32)
     yield "block_tables", (sequences, shape.num_blocks), np.dtype(np.int32)
 
 

@@ -31,7 +31,14 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, kw_only=True)
     temperature: 0 means greedy. top_k: 0 means off. top_p in (0, 1], 1 means off. min_p in [0, 1], 0 means off.
     seed: an unsigned 64-bit key; token i of a request is drawn from Philox(seed, i), so a resumed request
     continues the same random sequence. stop_token_ids: generation ends after any of these (end-of-sequence
-    ids included by the gateway unless the client asked to ignore them), not before min_tokens were generated.
+    ids included by the gateway unless the client asked to ignore them); before min_tokens were generated they are not
+    drawn. Names and meaning are vLLM's, also of what follows.
+
+    frequency_penalty, presence_penalty: of generated tokens alone. repetition_penalty: of the prompt's too, 1 means
+    off. logit_bias: (token id, what is added to its logit), each id once; minus infinity forbids. allowed_token_ids:
+    nothing else is drawn. bad_words_token_ids: runs of tokens that are not generated. logprobs: with each generated
+    token its log probability and those of so many most probable ones come back, those of the model itself: before
+    temperature, penalties, biases and bans. prompt_logprobs: the same of the prompt's tokens.
     """
 
     max_tokens: int
@@ -42,6 +49,14 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, kw_only=True)
     seed: int = 0
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -82,6 +97,11 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """New tokens of one request. `index` is the position of token_ids[0] among the request's generated tokens.
 
     The last event of a request carries finish_reason (and may carry no tokens); error is set with ERROR alone.
+
+    logprobs: a record for each of token_ids, where SamplingParams.logprobs is set. A record of n most probable tokens
+    is 1 + 2n little-endian words of 4 bytes: the token's log probability (float32), then id (uint32) and log
+    probability of each, falling; the id 0xffffffff is none. prompt_logprobs: a record for each token of the prompt but
+    the first, with the event of the first generated token.
     """
 
     request_id: str
@@ -90,3 +110,5 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     finish_reason: FinishReason | None = None
     error: str | None = None
     metrics: RequestMetrics | None = None
+    logprobs: bytes | None = None
+    prompt_logprobs: bytes | None = None

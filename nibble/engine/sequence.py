@@ -15,10 +15,15 @@ from __future__ import annotations
 from collections.abc import Sequence as TokenSequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from nibble.engine.block_hashes import extend_hashes
 from nibble.engine.protocol import FinishReason, GenerationRequest, RequestMetrics
+from nibble.engine.sampling_params import record_bytes, slot_content
 from nibble.engine.service_order import Rank
 from nibble.kernels.layout import BLOCK_SIZE
+from nibble.kernels.slots import SlotContent
 
 
 @dataclass(eq=False, slots=True)
@@ -39,6 +44,10 @@ class Sequence:
     num_shared_blocks: int = 0  # the first of block_table, which others may find
     num_cached_tokens: int | None = None  # of the prompt, found computed when it first started; None before
     _block_hashes: list[bytes] = field(default_factory=list)
+    slot_content: SlotContent | None = None  # how its logits are adjusted; None: not at all
+    token_mask: npt.NDArray[np.int32] | None = None  # what may be drawn next, see `SamplingKernels.mask_logits`
+    newest_logprobs: bytes | None = None  # record of the newest token that was read
+    prompt_logprobs: bytearray | None = None  # records of the prompt, until they are sent
     finish_reason: FinishReason | None = None
     scheduled_s: float | None = None
     first_token_s: float | None = None
@@ -61,6 +70,8 @@ class Sequence:
             num_prompt_tokens=num_prompt_tokens,
             max_num_tokens=max(limit, len(token_ids) + 1),  # every sequence that starts gets a token
             added_s=now_s,
+            slot_content=slot_content(request.sampling),
+            prompt_logprobs=_prompt_records(request, num_generated=len(generated_token_ids)),
         )
 
     @property
@@ -81,6 +92,20 @@ class Sequence:
     def num_read_tokens(self) -> int:
         """Generated tokens whose ids the host knows."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def needs_slot(self) -> bool:
+        """Whether anything but `sample` itself depends on its slot in the next step."""
+        content = self.slot_content
+        if content is None:
+            return False
+        return not content.ends_with_min_tokens or self.num_generated_tokens < content.min_tokens
+
+    @property
+    def samples_plainly(self) -> bool:
+        """Whether its next token needs no slot, no mask and no log probabilities."""
+        is_plain = self.token_mask is None and self.request.sampling.logprobs is None
+        return is_plain and (self.slot_content is None or not self.needs_slot)
 
     @property
     def is_prefilling(self) -> bool:
@@ -127,6 +152,12 @@ class Sequence:
         elif len(self.token_ids) >= self.max_num_tokens:
             self.finish_reason = FinishReason.LENGTH
 
+    def take_logprobs(self) -> tuple[bytes | None, bytes | None]:
+        """Records of the newest token and, once, of the prompt."""
+        newest, prompt = self.newest_logprobs, self.prompt_logprobs
+        self.newest_logprobs = self.prompt_logprobs = None
+        return newest, None if prompt is None else bytes(prompt)
+
     def metrics(self, now_s: float) -> RequestMetrics:
         """Times as seen by this worker; Unix times on the same clock as request.arrival_s."""
         scheduled_s = self.scheduled_s if self.scheduled_s is not None else now_s
@@ -139,3 +170,11 @@ class Sequence:
             prefill_s=max(0.0, first_token_s - scheduled_s),
             decode_s=max(0.0, now_s - first_token_s),
         )
+
+
+def _prompt_records(request: GenerationRequest, num_generated: int) -> bytearray | None:
+    """Room for them; None if they were not asked for, or already sent with the first token."""
+    count = request.sampling.prompt_logprobs
+    if count is None or num_generated:
+        return None
+    return bytearray((len(request.prompt_token_ids) - 1) * record_bytes(count))

@@ -15,8 +15,9 @@ from functools import partial
 import numpy as np
 
 from nibble.kernels.cpu.backend import CPUKernels
-from nibble.kernels.interface import Array, AttentionBatch, Int4Weight, Int8Weight, Mode, SamplingBatch
+from nibble.kernels.interface import Array, AttentionBatch, Int4Weight, Int8Weight, Mode
 from nibble.kernels.layout import BLOCK_SIZE, KVLayout, int4_num_bytes
+from nibble.kernels.sampling import SamplingBatch
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB, GROUP = 576, 30, 9, 3, 64, 1536, 49152, 32
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM

@@ -1,9 +1,9 @@
 """The operations a backend offers to the engine: arrays in, arrays out, no engine types.
 
-THE documentation of each op: formula, shapes, dtypes, in place or new. `cpu/` is the readable reference and the
-backend of a machine without a GPU; `cuda/` (CuPy RawKernels) implements the same protocol. `Array` is whatever the
-backend's arrays are (numpy on CPU, CuPy on CUDA): all are C-contiguous unless said otherwise, and the engine passes
-them around without naming the library.
+THE documentation of each op: formula, shapes, dtypes, in place or new; from logits on, `sampling.py` is. `cpu/` is the
+readable reference and the backend of a machine without a GPU; `cuda/` (CuPy RawKernels) implements the same protocol.
+`Array` is whatever the backend's arrays are (numpy on CPU, CuPy on CUDA): all are C-contiguous unless said otherwise,
+and the engine passes them around without naming the library.
 
 Activations are new arrays unless said otherwise, see `temporaries`.
 
@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy.typing as npt
 
 from nibble.kernels.layout import KVLayout
+from nibble.kernels.sampling import SamplingKernels
 
 Array: TypeAlias = Any  # numpy.ndarray (cpu) or cupy.ndarray (cuda)
 
@@ -103,19 +104,7 @@ class HostCopy(Protocol):
         """The array, once it has arrived."""
 
 
-@dataclass(frozen=True)
-class SamplingBatch:
-    """Per-row sampling parameters; see `Kernels.sample`."""
-
-    temperature: Array  # float32 (S,), 0 = greedy
-    top_k: Array  # int32 (S,), 0 = off
-    top_p: Array  # float32 (S,), 1 = off
-    min_p: Array  # float32 (S,), 0 = off
-    seeds: Array  # uint64 (S,)
-    positions: Array  # int64 (S,), index of the token to be drawn among the request's generated tokens
-
-
-class Kernels(Protocol):
+class Kernels(SamplingKernels, Protocol):
     """One backend on one device. Not thread-safe: one caller at a time."""
 
     @property
@@ -174,16 +163,6 @@ class Kernels(Protocol):
 
     def read_bandwidth(self) -> float:
         """Bytes per second that the device reads from memory, measured: the roof of decode."""
-
-    def gather_ids(self, ids: Array, latest: Array) -> Array:
-        """Token ids of which some are known to the device alone: ids[t], or latest[-1 - ids[t]] where ids[t] < 0.
-
-        ids int32 (T,), latest int32 (n,): the last sampled id of each of n sequences -> new int32 (T,). A latest id
-        below 0 (a row that could not be sampled) counts as 0.
-        """
-
-    def scatter_ids(self, ids: Array, indices: Array, latest: Array) -> None:
-        """latest[indices[i]] = ids[i], in place; all int32, ids and indices (S,). An index < 0 is skipped."""
 
     def embedding(self, ids: Array, weight: Int8Weight) -> Array:
         """Rows of the embedding table, dequantised. ids int32 (T,) -> new float32 (T, H)."""
@@ -270,17 +249,3 @@ class Kernels(Protocol):
 
     def gather_rows(self, x: Array, rows: Array) -> Array:
         """x[rows]: x (T, H), rows int32 (S,) -> new (S, H)."""
-
-    def add_to_logits(self, logits: Array, rows: Array, ids: Array, values: Array) -> None:
-        """logits[rows[i], ids[i]] += values[i], in place; rows, ids int32 (n,), values float32 (n,), -inf forbids."""
-
-    def sample(self, logits: Array, batch: SamplingBatch) -> Array:
-        """Draw one token id per row. logits float32 (S, V), may be overwritten -> new int32 (S,).
-
-        temperature 0: the smallest id with the largest logit. Otherwise p = softmax(logits / temperature); candidates
-        in order of falling p (ties: smaller id first) are cut to the top_k first, then, renormalised, to the shortest
-        prefix whose sum is >= top_p, then to those with p >= min_p * max(p); at least one stays. The token is the first
-        candidate whose running sum exceeds u * (sum of the candidates), with u in [0, 1) from the first 32-bit word
-        (its upper 24 bits) of Philox4x32-10, key = seed (low word, high word), counter = (position low, position
-        high, 0, 0). A row with a NaN or +inf, or without a finite logit, gives -1.
-        """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,6 +21,12 @@ from nibble.kernels.cpu.backend import CPUKernels
 VOCAB_SIZE = 300
 Late = Callable[..., LateKernels]
 BLOCK_BYTES = 2 * 2 * (2 * 64 * 32 + 2 * 64 * 4)  # two layers, two KV heads of 32
+
+
+class Expected(NamedTuple):
+    request: GenerationRequest
+    tokens: list[int]
+    logprobs: list[bytes | None]
 
 
 @pytest.fixture(scope="module")
@@ -44,30 +51,51 @@ def late() -> Iterator[Callable[..., LateKernels]]:
 
 
 @pytest.fixture(scope="module")
-def requests(tiny: Path) -> list[tuple[GenerationRequest, list[int]]]:
-    """Thirty requests and their tokens, each computed alone and synchronously."""
+def requests(tiny: Path) -> list[Expected]:
+    """Thirty requests and their tokens, each computed alone and synchronously; a third adjusts nothing."""
     rng = np.random.default_rng(0)
     kernels = CPUKernels()
     engine = LLMEngine.from_checkpoint(tiny, kernels, EngineLimits(kv_cache_bytes=16 * BLOCK_BYTES))
-    pairs = []
+    pairs: list[Expected] = []
     for i in range(30):
         sampling = SamplingParams(
             max_tokens=int(rng.integers(1, 90)),
             temperature=float(rng.choice([0.0, 0.8, 1.5])),
             top_p=float(rng.choice([0.9, 1.0])),
             seed=int(rng.integers(1 << 63)) * 2 + 1,
-            min_tokens=int(rng.choice([0, 0, 40])),
-            stop_token_ids=tuple(int(token_id) for token_id in rng.integers(0, VOCAB_SIZE, rng.choice([0, 4]))),
+            **({"stop_token_ids": stop_ids(rng)} if i % 3 == 0 else adjustments(rng)),
         )
         prompt = rng.integers(0, VOCAB_SIZE, rng.integers(1, 150)).tolist()
         request = GenerationRequest(
             request_id=str(i), prompt_token_ids=prompt, sampling=sampling, arrival_s=float(rng.integers(1000))
         )
         engine.add(request)
-        pairs.append((request, [token_id for event in run(engine) for token_id in event.token_ids]))
+        events = run(engine)
+        tokens = [token_id for event in events for token_id in event.token_ids]
+        pairs.append(Expected(request, tokens, [event.logprobs for event in events]))
     kernels.close()
-    assert any(tokens[-1] in request.sampling.stop_token_ids for request, tokens in pairs)
+    assert any(tokens[-1] in request.sampling.stop_token_ids for request, tokens, _ in pairs)
     return pairs
+
+
+def stop_ids(rng: np.random.Generator) -> tuple[int, ...]:
+    return tuple(int(token_id) for token_id in rng.integers(0, VOCAB_SIZE, rng.choice([0, 4])))
+
+
+def adjustments(rng: np.random.Generator) -> dict[str, Any]:
+    """One or several of the parameters whose state is on the device."""
+    allowed = tuple(rng.permutation(VOCAB_SIZE)[:40].tolist())
+    choices: list[dict[str, Any]] = [
+        {"frequency_penalty": 0.8, "presence_penalty": -0.3},
+        {"repetition_penalty": 1.4},
+        {"logit_bias": tuple((int(i), 3.0) for i in rng.permutation(VOCAB_SIZE)[:9])},
+        {"allowed_token_ids": allowed},
+        {"bad_words_token_ids": tuple((a, b) for a in allowed[:20] for b in allowed[24:])},
+        {"min_tokens": 40, "stop_token_ids": stop_ids(rng)},
+        {"logprobs": int(rng.integers(21))},
+    ]
+    picked = rng.permutation(len(choices))[: rng.integers(1, 4)]
+    return {name: value for i in picked for name, value in choices[i].items()}
 
 
 def run(engine: LLMEngine) -> list[TokenEvent]:
@@ -79,7 +107,7 @@ def run(engine: LLMEngine) -> list[TokenEvent]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_tokens_do_not_depend_on_when_requests_join_leave_or_are_preempted(
-    tiny: Path, late: Late, requests: list[tuple[GenerationRequest, list[int]]], seed: int
+    tiny: Path, late: Late, requests: list[Expected], seed: int
 ) -> None:
     """They also are resumed with a part of their tokens, aborted, and start again."""
     rng = np.random.default_rng(seed)
@@ -90,11 +118,11 @@ def test_tokens_do_not_depend_on_when_requests_join_leave_or_are_preempted(
         max_num_batched_tokens=int(rng.integers(21, 200)),
     )
     engine = LLMEngine.from_checkpoint(tiny, kernels, limits)
-    joins_at = {request.request_id: int(rng.integers(60)) for request, _ in requests}
-    aborted_at = {request.request_id: int(rng.integers(1000)) for request, _ in requests}
+    joins_at = {request.request_id: int(rng.integers(60)) for request, _, _ in requests}
+    aborted_at = {request.request_id: int(rng.integers(1000)) for request, _, _ in requests}
     outputs: dict[str, list[int]] = {}
     for step in range(2000):
-        for request, expected in requests:
+        for request, expected, _ in requests:
             key = request.request_id
             if step == joins_at[key] or (step == aborted_at[key] and key in outputs):
                 engine.abort(key)
@@ -102,33 +130,34 @@ def test_tokens_do_not_depend_on_when_requests_join_leave_or_are_preempted(
                 engine.add(request, outputs[key])
         for event in engine.step():
             assert event.index == len(outputs[event.request_id])
+            assert event.logprobs == requests[int(event.request_id)].logprobs[event.index]
             outputs[event.request_id] += event.token_ids
         if step > 1000 and not engine.has_unfinished:
             break
     assert engine.scheduler.num_preemptions > 0
     assert kernels.num_replayed > 0
-    assert outputs == {request.request_id: expected for request, expected in requests}
+    assert outputs == {request.request_id: expected for request, expected, _ in requests}
 
 
 def test_graphs_are_captured_for_few_sizes_and_padded_rows_touch_nobody(
-    tiny: Path, late: Late, requests: list[tuple[GenerationRequest, list[int]]]
+    tiny: Path, late: Late, requests: list[Expected]
 ) -> None:
     """11 sequences decode in a graph of 16 rows, with blocks that another sequence had before."""
     kernels = late()
     engine = LLMEngine.from_checkpoint(
         tiny, kernels, EngineLimits(kv_cache_bytes=60 * BLOCK_BYTES, max_num_sequences=20)
     )
-    assert kernels.num_captured == 2 * len([1, 2, 4, 8, 16, 20])  # once to see what it takes
-    for request, _ in requests[:11]:
+    assert kernels.num_captured == 2 * 2 * len([1, 2, 4, 8, 16, 20])  # plain or not; once to see what it takes
+    for request, _, _ in requests[:11]:
         engine.add(request)
     outputs: dict[str, list[int]] = {}
     for event in run(engine):
         outputs.setdefault(event.request_id, []).extend(event.token_ids)
-    assert outputs == {request.request_id: expected for request, expected in requests[:11]}
+    assert outputs == {request.request_id: expected for request, expected, _ in requests[:11]}
 
 
 def test_the_kv_cache_takes_what_is_left_and_nothing_is_allocated_afterwards(
-    tiny: Path, late: Late, requests: list[tuple[GenerationRequest, list[int]]], caplog: pytest.LogCaptureFixture
+    tiny: Path, late: Late, requests: list[Expected], caplog: pytest.LogCaptureFixture
 ) -> None:
     kernels = late(total_bytes=120 << 20)
     limits = EngineLimits(kv_cache_bytes=None, max_num_sequences=200, memory_utilization=0.4)
@@ -139,7 +168,7 @@ def test_the_kv_cache_takes_what_is_left_and_nothing_is_allocated_afterwards(
     assert f"kv_cache_blocks={engine.scheduler.block_manager.num_blocks} " in record.getMessage()
     used_bytes = kernels.used_bytes
     assert 0 <= 0.4 * kernels.total_bytes - used_bytes - (32 << 20) < 2 * BLOCK_BYTES
-    for request, _ in requests:
+    for request, _, _ in requests:
         engine.add(request)
     run(engine)
     assert kernels.used_bytes == used_bytes

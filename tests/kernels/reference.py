@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from nibble.kernels.interface import AttentionBatch, SamplingBatch
+from nibble.kernels.interface import AttentionBatch
 from nibble.kernels.layout import BLOCK_SIZE, KVDtype, KVLayout
+from nibble.kernels.sampling import SamplingBatch
 
 FP16_MAX = 65504.0
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nibble.kernels.cpu import (
-    add_to_logits,
+    adjust_logits,
     amx,
     append_kv,
     bf16_linear,
@@ -29,6 +29,8 @@ from nibble.kernels.cpu import (
     gather_rows,
     int4_linear,
     int8_linear,
+    logprobs,
+    mask_logits,
     paged_attention,
     read_bandwidth,
     rms_norm,
@@ -40,17 +42,9 @@ from nibble.kernels.cpu import (
 from nibble.kernels.cpu.malloc import keep_freed_memory
 from nibble.kernels.cpu.thread_pool import ThreadPool
 from nibble.kernels.cpu.warm_up import warm_up
-from nibble.kernels.interface import (
-    Array,
-    AttentionBatch,
-    AttentionStep,
-    HostCopy,
-    Int4Weight,
-    Int8Weight,
-    Mode,
-    SamplingBatch,
-)
+from nibble.kernels.interface import Array, AttentionBatch, AttentionStep, HostCopy, Int4Weight, Int8Weight, Mode
 from nibble.kernels.layout import KVDtype, KVLayout
+from nibble.kernels.sampling import AdjustmentBatch, SamplingBatch
 
 
 @dataclass(frozen=True)
@@ -249,8 +243,19 @@ class CPUKernels:
     def gather_rows(self, x: Array, rows: Array) -> Array:
         return gather_rows.gather_rows(x, rows)
 
-    def add_to_logits(self, logits: Array, rows: Array, ids: Array, values: Array) -> None:
-        add_to_logits.add_to_logits(logits, rows, ids, values)
+    def copy_rows(self, x: Array, wanted: Array) -> Array:
+        out = np.empty_like(x)
+        out[wanted >= 0] = x[wanted >= 0]
+        return out
+
+    def adjust_logits(self, logits: Array, slots: Array, adjustment: AdjustmentBatch) -> None:
+        adjust_logits.adjust_logits(logits, slots, adjustment)
+
+    def mask_logits(self, logits: Array, masks: Array, mask_rows: Array) -> None:
+        mask_logits.mask_logits(logits, masks, mask_rows)
+
+    def logprobs(self, logits: Array, ids: Array, num_logprobs: Array, out: Array, out_rows: Array) -> None:
+        logprobs.logprobs(logits, ids, num_logprobs, out, out_rows)
 
     def sample(self, logits: Array, batch: SamplingBatch) -> Array:
         out = np.empty(len(logits), np.int32)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from nibble.kernels.interface import AttentionBatch, Int4Weight, Int8Weight, Kernels, Mode, SamplingBatch
+from nibble.kernels.interface import AttentionBatch, Int4Weight, Int8Weight, Kernels, Mode
 from nibble.kernels.layout import KVDtype, KVLayout, int4_num_bytes
+from nibble.kernels.sampling import SamplingBatch
 
 HIDDEN_SIZE = 64
 NUM_TOKENS = 3
@@ -27,7 +28,6 @@ def warm_up(kernels: Kernels) -> None:
         for dtype in KVDtype:
             _attend(kernels, qkv, KVLayout(num_kv_heads=1, head_dim=HIDDEN_SIZE, dtype=dtype), mode)
     kernels.silu_and_mul(kernels.gather_rows(qkv, ids))
-    kernels.add_to_logits(logits, ids, ids, np.zeros(NUM_TOKENS, np.float32))
     ones, zeros = np.ones(NUM_TOKENS, np.float32), np.zeros(NUM_TOKENS, np.float32)
     batch = SamplingBatch(ones, ids, ones, zeros, ids.astype(np.uint64), ids.astype(np.int64))
     kernels.sample(logits, batch)

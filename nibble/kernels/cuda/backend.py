@@ -17,14 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from nibble.kernels.cuda import (
-    add_to_logits,
+    adjust_logits,
     append_kv,
     attention,
     capture,
+    copy_rows,
     embedding,
     gather_rows,
     int4_linear,
     int8_linear,
+    logprobs,
+    mask_logits,
     read_bandwidth,
     rms_norm,
     rope,
@@ -37,17 +40,9 @@ from nibble.kernels.cuda import (
 from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.errors import OutOfMemoryError
 from nibble.kernels.cuda.host_copy import HostCopies
-from nibble.kernels.interface import (
-    Array,
-    AttentionBatch,
-    AttentionStep,
-    HostCopy,
-    Int4Weight,
-    Int8Weight,
-    Mode,
-    SamplingBatch,
-)
+from nibble.kernels.interface import Array, AttentionBatch, AttentionStep, HostCopy, Int4Weight, Int8Weight, Mode
 from nibble.kernels.layout import KVLayout
+from nibble.kernels.sampling import AdjustmentBatch, SamplingBatch
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 MIN_WORKSPACE_BYTES = 2 << 20  # the granularity of device memory
@@ -212,8 +207,17 @@ class CUDAKernels:
     def gather_rows(self, x: Array, rows: Array) -> Array:
         return gather_rows.gather_rows(self.device, x, rows)
 
-    def add_to_logits(self, logits: Array, rows: Array, ids: Array, values: Array) -> None:
-        add_to_logits.add_to_logits(self.device, logits, rows, ids, values)
+    def copy_rows(self, x: Array, wanted: Array) -> Array:
+        return copy_rows.copy_rows(self.device, x, wanted)
+
+    def adjust_logits(self, logits: Array, slots: Array, adjustment: AdjustmentBatch) -> None:
+        adjust_logits.adjust_logits(self.device, logits, slots, adjustment)
+
+    def mask_logits(self, logits: Array, masks: Array, mask_rows: Array) -> None:
+        mask_logits.mask_logits(self.device, logits, masks, mask_rows)
+
+    def logprobs(self, logits: Array, ids: Array, num_logprobs: Array, out: Array, out_rows: Array) -> None:
+        logprobs.logprobs(self.device, logits, ids, num_logprobs, out, out_rows)
 
     def sample(self, logits: Array, batch: SamplingBatch) -> Array:
         return sample.sample(self.device, logits, batch)

@@ -16,7 +16,8 @@ import numpy as np
 
 from nibble.kernels.cuda.backend import CUDAKernels
 from nibble.kernels.cuda.bench import Timing, median_us, print_timings
-from nibble.kernels.interface import Int8Weight, Mode, SamplingBatch
+from nibble.kernels.interface import Int8Weight, Mode
+from nibble.kernels.sampling import SamplingBatch
 
 COLD_BYTES = 200 << 20
 WORKSPACE_BYTES = 1 << 30

@@ -7,7 +7,7 @@ import numpy as np
 
 from nibble.kernels.cuda.compile import Defines
 from nibble.kernels.cuda.device import Device
-from nibble.kernels.interface import SamplingBatch
+from nibble.kernels.sampling import SamplingBatch
 
 VARIANTS: tuple[Defines, ...] = ((),)
 

@@ -9,7 +9,7 @@ import reference
 from nibble.kernels.cpu.backend import CPUKernels
 from nibble.kernels.cpu.jit import kernel_jit
 from nibble.kernels.cpu.sample import philox_word
-from nibble.kernels.interface import SamplingBatch
+from nibble.kernels.sampling import SamplingBatch
 
 VOCAB = 1003  # no multiple of 16
 

@@ -1,4 +1,4 @@
-"""embedding, rms_norm, rope, silu_and_mul, gather_rows, add_to_logits: the ops without a file-sized story."""
+"""embedding, rms_norm, rope, silu_and_mul, gather_rows: the ops without a file-sized story."""
 
 from __future__ import annotations
 
@@ -86,14 +86,3 @@ def test_gather_rows_copies(kernels: CPUKernels, rng: np.random.Generator) -> No
     np.testing.assert_array_equal(out, x[[8, 0, 8]])
     assert not np.shares_memory(out, x)
     assert kernels.gather_rows(x, np.array([], np.int32)).shape == (0, 32)
-
-
-def test_add_to_logits_adds_repeated_pairs_each_time(kernels: CPUKernels) -> None:
-    logits = np.zeros((2, 5), np.float32)
-    kernels.add_to_logits(
-        logits,
-        np.array([0, 1, 1, 0], np.int32),
-        np.array([4, 2, 2, 0], np.int32),
-        np.array([1.5, 1, 2, -np.inf], np.float32),
-    )
-    np.testing.assert_array_equal(logits, [[-np.inf, 0, 0, 0, 1.5], [0, 0, 3, 0, 0]])

@@ -33,9 +33,11 @@ from nibble.kernels.cuda.compile import Defines
 from nibble.kernels.cuda.launch import Kernel
 from nibble.kernels.cuda.rope import HEAD_DIMS
 from nibble.kernels.cuda.variants import compile_all
-from nibble.kernels.interface import AttentionBatch, AttentionStep, Int4Weight, Int8Weight, Mode, SamplingBatch
+from nibble.kernels.interface import AttentionBatch, AttentionStep, Int4Weight, Int8Weight, Mode
 from nibble.kernels.layout import KVDtype, KVLayout
 from nibble.kernels.pack import pack_int4
+from nibble.kernels.sampling import LOGPROB_WORDS, AdjustmentBatch, SamplingBatch
+from nibble.kernels.slots import SlotContent, SlotLayout, mask_words
 from tests.kernels.cuda.paged import attention_batch, sequences, slots_of
 
 TOKENS = (1, 9, 17, 33, 65, 130)  # one of each kernel of a linear, and more than any takes at once
@@ -184,11 +186,39 @@ def sample(s: Sanitized) -> None:
         )
         # The kernel reads whole vectors of 16 bytes: the allocations it is meant for are multiples of that
         logits = s.normal((rows * vocabulary + 3,), np.float32)[: rows * vocabulary].reshape(rows, vocabulary)
-        s.kernels.add_to_logits(
-            logits, s.array([0, 0], np.int32), s.array([4, 1], np.int32), s.normal((2,), np.float32)
-        )
+        before = _adjust(s, logits, i)
         tokens = s.kernels.to_host(s.kernels.sample(logits, batch))
         assert ((tokens >= 0) & (tokens < vocabulary)).all()
+        out = s.array(np.zeros((rows, LOGPROB_WORDS)), np.int32)
+        ids, places = s.array(np.maximum(tokens, 0), np.int32), s.array(i, np.int32)
+        s.kernels.logprobs(before, ids, s.array(np.full(rows, 20), np.int32), out, places)
+        s.kernels.to_host(out)
+
+
+def _adjust(s: Sanitized, logits: cupy.ndarray, i: np.ndarray) -> cupy.ndarray:
+    """Everything that a slot and a mask can do to all rows but each third; a copy of the rows before."""
+    rows, vocabulary = logits.shape
+    layout = SlotLayout(vocabulary)
+    content = SlotContent(
+        repetition=1.2,
+        frequency=0.5,
+        min_tokens=9,
+        stop_ids=[vocabulary - 1],
+        biases=[(0, 1.0), (vocabulary - 1, -100.0)],
+        bad_words=[[1], [0, 2, 2], [vocabulary - 2]],
+        allowed=range(0, vocabulary, 2),
+    )
+    slots = np.zeros((rows, layout.num_words), np.int32)
+    for slot in slots:
+        layout.write(slot, content, [0, vocabulary - 1], [0, 2])
+    where = s.array(np.where(i % 3, i, -1), np.int32)
+    copy = s.kernels.copy_rows(logits, s.array(i, np.int32))
+    adjustment = AdjustmentBatch(where, s.array(np.full(rows, 2), np.int32), s.array(i, np.int32), s.array(i, np.int64))
+    s.kernels.adjust_logits(logits, s.array(slots, np.int32), adjustment)
+    masks = np.full((rows, mask_words(vocabulary)), -1, np.int32)
+    masks[:, 0] ^= 1 << 3
+    s.kernels.mask_logits(logits, s.array(masks, np.int32), where)
+    return copy
 
 
 def small_ops(s: Sanitized) -> None:

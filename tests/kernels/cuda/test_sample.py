@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 
-from nibble.kernels.interface import SamplingBatch
+from nibble.kernels.sampling import SamplingBatch
 
 if TYPE_CHECKING:
     from nibble.kernels.cuda.backend import CUDAKernels

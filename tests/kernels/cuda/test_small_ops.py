@@ -125,13 +125,6 @@ def test_scatter_ids_skips_negative_indices(kernels: CUDAKernels, rng: np.random
     np.testing.assert_array_equal(kernels.to_host(on_device), latest)
 
 
-def test_add_to_logits_adds_repeated_pairs_each_time(kernels: CUDAKernels) -> None:
-    logits = kernels.zeros((2, 5), np.float32)
-    arrays = ([0, 1, 1, 0], np.int32), ([4, 2, 2, 0], np.int32), ([1.5, 1, 2, -np.inf], np.float32)
-    kernels.add_to_logits(logits, *(kernels.to_device(np.array(values, dtype)) for values, dtype in arrays))
-    np.testing.assert_array_equal(kernels.to_host(logits), [[-np.inf, 0, 0, 0, 1.5], [0, 0, 3, 0, 0]])
-
-
 def test_small_ops_replay_from_a_graph(
     kernels: CUDAKernels, rng: np.random.Generator, replay: Callable[[Callable[[], None]], None]
 ) -> None:
