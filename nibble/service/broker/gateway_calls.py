@@ -16,6 +16,7 @@ from nibble.engine.protocol import PRIORITY_S, FinishReason, GenerationRequest, 
 from nibble.service.broker import scripts
 from nibble.service.broker.errors import BrokerError, DuplicateRequest, NoWorker, QueueFull, translated
 from nibble.service.broker.keys import Keys
+from nibble.service.broker.token_log import TokenLog
 from nibble.service.broker.wire import (
     BrokerStatus,
     decode_event,
@@ -70,14 +71,14 @@ class GatewayCalls:
 
     async def submit(self, request: GenerationRequest, nonce: str) -> None:
         """A repeat with the same nonce changes nothing. Raises QueueFull, NoWorker, DuplicateRequest."""
-        reply = await self._submit(request, nonce, "", b"")
+        reply = await self._submit(request, nonce, "", TokenLog())
         refusal = self._refusal(request.request_id, reply)
         if refusal is not None:
             raise refusal
 
-    async def restore(self, request: GenerationRequest, token_ids: list[int], num_restores: int) -> None:
+    async def restore(self, request: GenerationRequest, log: TokenLog, num_restores: int) -> None:
         """Give a request to a server that lost it, past admission. num_restores >= 1 makes its attempts new."""
-        await self._submit(request, "", num_restores * _ATTEMPTS_PER_RESTORE, pack_tokens(token_ids))
+        await self._submit(request, "", num_restores * _ATTEMPTS_PER_RESTORE, log)
 
     async def read(self, first_indexes: Mapping[str, int], with_request: bool) -> tuple[int, list[LogRead | None]]:
         """Read token logs from these positions on and subscribe this gateway to them.
@@ -112,7 +113,7 @@ class GatewayCalls:
             case _:
                 return DuplicateRequest(request_id)
 
-    async def _submit(self, request: GenerationRequest, nonce: str, attempt: int | str, tokens: bytes) -> list[Any]:
+    async def _submit(self, request: GenerationRequest, nonce: str, attempt: int | str, log: TokenLog) -> list[Any]:
         if abs(request.priority) > MAX_PRIORITY:
             raise ValueError(f"priority {request.priority} is not within ±{MAX_PRIORITY}")
         reply: list[Any] = await self._call(
@@ -128,7 +129,9 @@ class GatewayCalls:
             self._policy.max_queued,
             int(self._policy.needs_worker),
             attempt,
-            tokens,
+            pack_tokens(log.token_ids),
+            bytes(log.logprobs),
+            log.prompt_logprobs or b"",
         )
         return reply
 
@@ -146,7 +149,7 @@ class GatewayCalls:
 
 def _log_read(request_id: str, index: int, entry: list[Any]) -> LogRead:
     """From an entry of scripts/read.lua."""
-    tokens, final_event, _, request = entry
+    tokens, final_event, _, request, logprobs, prompt_logprobs = entry
     final = decode_event(final_event) if final_event else None
     event = TokenEvent(
         request_id=request_id,
@@ -155,5 +158,7 @@ def _log_read(request_id: str, index: int, entry: list[Any]) -> LogRead:
         finish_reason=None if final is None else final.finish_reason,
         error=None if final is None else final.error,
         metrics=None if final is None else final.metrics,
+        logprobs=logprobs or None,
+        prompt_logprobs=prompt_logprobs or None,
     )
     return LogRead(event, decode_request(request) if request else None)

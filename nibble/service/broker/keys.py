@@ -18,13 +18,16 @@ All keys begin with the namespace in braces, a hash tag, so that a Redis cluster
     {nibble}:counters               hash   recovered, fenced, quarantined, expired since the last exchange
     {nibble}:request:<request>      string GenerationRequest (msgpack), immutable
     {nibble}:tokens:<request>       string the token log: uint32 little endian, appended
+    {nibble}:logprobs:<request>     string beside it, if asked for: a record of log probabilities for each token
+                                           (engine/protocol.py)
+    {nibble}:prompt_logprobs:<request>  string records of the prompt's tokens, if asked for
     {nibble}:state:<request>        hash   status (queued, running, finished), attempt, crashes, worker, gateways,
                                            score, nonce, deadline_ms, max_attempts, log_ttl_ms, final (TokenEvent)
     {nibble}:events:<gateway>       pub/sub channel (wire.py)
 
 A worker's lease covers all its requests: renewing it is one write, however many they are. `<worker>` is
-"<worker_id>#<random>": a restarted process never mistakes its predecessor's requests for its own. The request, tokens
-and state keys of a finished request expire after log_ttl_ms; everything else goes with its owner.
+"<worker_id>#<random>": a restarted process never mistakes its predecessor's requests for its own. A finished request's
+keys expire after log_ttl_ms; everything else goes with its owner.
 """
 
 from __future__ import annotations
@@ -58,6 +61,12 @@ class Keys:
 
     def tokens(self, request_id: str) -> str:
         return f"{self.root}:tokens:{request_id}"
+
+    def logprobs(self, request_id: str) -> str:
+        return f"{self.root}:logprobs:{request_id}"
+
+    def prompt_logprobs(self, request_id: str) -> str:
+        return f"{self.root}:prompt_logprobs:{request_id}"
 
     def state(self, request_id: str) -> str:
         return f"{self.root}:state:{request_id}"

@@ -94,7 +94,7 @@ class StreamChecker:
         streams = {name: self._streams.of(name) for name in request_ids if name in self._streams}
         if not streams:
             return
-        first_indexes = {name: min(len(stream.token_ids) for stream in streams[name]) for name in streams}
+        first_indexes = {name: min(len(stream.log.token_ids) for stream in streams[name]) for name in streams}
         num_workers, reads = await self._calls.read(first_indexes, with_request=False)
         for request_id, read in zip(first_indexes, reads, strict=True):
             if read is not None:
@@ -107,12 +107,12 @@ class StreamChecker:
         streams = self._streams.of(request_id)
         if not streams:
             return  # it has ended meanwhile
-        longest = max(streams, key=lambda stream: len(stream.token_ids))
+        longest = max(streams, key=lambda stream: len(stream.log.token_ids))
         if longest.request is None:
             return  # submit() or attach() is under way and will find out
         longest.num_restores += 1
-        await self._calls.restore(longest.request, longest.token_ids, longest.num_restores)
-        logger.warning("request restored request_id=%s num_tokens=%d", request_id, len(longest.token_ids))
+        await self._calls.restore(longest.request, longest.log, longest.num_restores)
+        logger.warning("request restored request_id=%s num_tokens=%d", request_id, len(longest.log.token_ids))
 
     async def _note_num_workers(self, num_workers: int, request_ids: list[str]) -> None:
         timeout_s, now_s = self._patience.no_worker_timeout_s, time.monotonic()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from nibble.engine.protocol import FinishReason, GenerationRequest, RequestMetrics, TokenEvent
+from nibble.service.broker.token_log import TokenLog
 
 NEVER_S = float("-inf")
 
@@ -23,7 +24,7 @@ class TokenStream:
     def __init__(self, request_id: str, from_index: int = 0) -> None:
         self.request_id = request_id
         self.request: GenerationRequest | None = None  # until Redis is known to have it
-        self.token_ids: list[int] = []  # all known, delivered or not: what a restarted Redis is given back
+        self.log = TokenLog()  # all that is known, delivered or not: what a restarted Redis is given back
         self.heard_s = time.monotonic()  # NEVER_S asks for a read of the log now
         self.num_restores = 0
         self.on_close: Callable[[TokenStream], None] | None = None
@@ -42,12 +43,11 @@ class TokenStream:
         """Take what is new in an event. False if tokens before it are missing: the log must be read."""
         if self._final is not None:
             return True
-        num_known = len(self.token_ids) - event.index
-        if num_known < 0:
+        if event.index > len(self.log.token_ids):
             self.heard_s = NEVER_S
             return False
         self.heard_s = time.monotonic()
-        self.token_ids += event.token_ids[num_known:] if num_known else event.token_ids
+        self.log.append(event)
         if event.metrics is not None:
             self._metrics = event.metrics
         if event.finish_reason is not None:
@@ -62,7 +62,7 @@ class TokenStream:
         self.offer(
             TokenEvent(
                 request_id=self.request_id,
-                index=len(self.token_ids),
+                index=len(self.log.token_ids),
                 token_ids=[],
                 finish_reason=FinishReason.ERROR,
                 error=message,
@@ -82,7 +82,7 @@ class TokenStream:
 
     async def __anext__(self) -> TokenEvent:
         while not self._is_over:
-            if self._final is not None or len(self.token_ids) > self._num_delivered:
+            if self._final is not None or len(self.log.token_ids) > self._num_delivered:
                 return self._drain()
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -92,17 +92,18 @@ class TokenStream:
         raise StopAsyncIteration
 
     def _drain(self) -> TokenEvent:
-        index, final = min(self._num_delivered, len(self.token_ids)), self._final  # from_index may be past the end
-        waiting = self.token_ids[index:]
+        log, final = self.log, self._final
+        index = min(self._num_delivered, len(log.token_ids))  # from_index may be past the end
+        waiting = log.token_ids[index:]
         self._num_delivered = index + len(waiting)
-        if final is None:
-            return TokenEvent(request_id=self.request_id, index=index, token_ids=waiting, metrics=self._metrics)
-        self._is_over = True
+        self._is_over = final is not None
         return TokenEvent(
             request_id=self.request_id,
             index=index,
             token_ids=waiting,
-            finish_reason=final.finish_reason,
-            error=final.error,
+            finish_reason=None if final is None else final.finish_reason,
+            error=None if final is None else final.error,
             metrics=self._metrics,
+            logprobs=log.logprobs_from(index) if log.logprobs else None,
+            prompt_logprobs=log.prompt_logprobs if index == 0 else None,
         )

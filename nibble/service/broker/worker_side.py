@@ -117,12 +117,15 @@ class WorkerBroker:
         finished = {event.request_id for event in final}
         fields: list[str | int] = []
         token_ids: list[int] = []
-        encoded = []
+        encoded: list[bytes] = []
+        logprobs: list[bytes] = []
         for event in running + final:
             request_id, new_ids, packed = event.request_id, event.token_ids, encode(event)
-            fields += (request_id, held[request_id], event.index, len(new_ids), len(packed))
+            own, prompt = event.logprobs or b"", event.prompt_logprobs or b""
+            fields += (request_id, held[request_id], event.index, len(new_ids), len(packed), len(own), len(prompt))
             token_ids += new_ids
             encoded.append(packed)
+            logprobs += (own, prompt)
         known: bytes | str = ""
         if self._must_resync:
             known = encode({name: attempt for name, attempt in held.items() if name not in finished})
@@ -138,6 +141,7 @@ class WorkerBroker:
             encode(fields),
             pack_tokens(token_ids),
             b"".join(encoded),
+            b"".join(logprobs),
         ]
         return arguments, finished
 

@@ -14,7 +14,7 @@ import redis
 
 from nibble.engine.protocol import FinishReason, GenerationRequest, SamplingParams, TokenEvent
 from nibble.service.broker.keys import Keys
-from nibble.service.broker.wire import Exchange, WorkerInfo, decode_event, unpack_tokens
+from nibble.service.broker.wire import Exchange, WorkerInfo, decode_event, pack_tokens, unpack_tokens
 from nibble.service.broker.worker_side import WorkerBroker
 
 
@@ -24,6 +24,23 @@ def token_at(request_id: str, index: int) -> int:
 
 def tokens_of(request_id: str, start: int, stop: int) -> list[int]:
     return [token_at(request_id, index) for index in range(start, stop)]
+
+
+def wants_logprobs(request_id: str) -> bool:
+    """Requests whose name ends with an odd digit; their records have three words each."""
+    return request_id[-1] in "13579"
+
+
+def logprobs_of(request_id: str, start: int, stop: int) -> bytes | None:
+    """Records beside tokens_of. None where there are none."""
+    if not wants_logprobs(request_id) or start >= stop:
+        return None
+    return b"".join(pack_tokens([token_at(request_id, index), index, 7]) for index in range(start, stop))
+
+
+def prompt_logprobs_of(request_id: str, start: int) -> bytes | None:
+    """They come with the first token."""
+    return f"prompt of {request_id}".encode() if wants_logprobs(request_id) and start == 0 else None
 
 
 def make_request(request_id: str, max_tokens: int = 4, **fields: Any) -> GenerationRequest:
@@ -85,6 +102,8 @@ class SyntheticWorker:
                     index=start,
                     token_ids=tokens_of(request_id, start, stop),
                     finish_reason=FinishReason.LENGTH if is_last else None,
+                    logprobs=logprobs_of(request_id, start, stop),
+                    prompt_logprobs=prompt_logprobs_of(request_id, start),
                 )
             )
             self.running[request_id] = (request, stop)
@@ -193,6 +212,8 @@ def _check_request(
     status, worker = state["status"].decode(), state["worker"].decode()
     log = unpack_tokens(now.values.get(keys.tokens(request_id), b""))
     assert log == tokens_of(request_id, 0, len(log))
+    assert now.values.get(keys.logprobs(request_id)) == logprobs_of(request_id, 0, len(log))
+    assert now.values.get(keys.prompt_logprobs(request_id)) == (prompt_logprobs_of(request_id, 0) if log else None)
     assert (request_id in waiting) == (status == "queued")
     assert (request_id in held) == (status == "running")
     assert keys.request(request_id) in now.values
@@ -201,7 +222,8 @@ def _check_request(
     else:
         assert worker == ""
     assert (status == "finished") == ("final" in state)
-    for key in (keys.state(request_id), keys.request(request_id), keys.tokens(request_id)):
+    for kind in (keys.state, keys.request, keys.tokens, keys.logprobs, keys.prompt_logprobs):
+        key = kind(request_id)
         assert key not in now.values or (now.ttl_ms[key] >= 0) == (status == "finished")
     if status == "finished":
         assert decode_event(state["final"]).finish_reason is not None

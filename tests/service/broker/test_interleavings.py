@@ -14,7 +14,7 @@ import random
 
 import pytest
 import redis
-from synthetic import SyntheticWorker, check_integrity, make_request, tokens_of
+from synthetic import SyntheticWorker, check_integrity, logprobs_of, make_request, prompt_logprobs_of, tokens_of
 
 from nibble.engine.protocol import FinishReason, TokenEvent
 from nibble.service.broker.errors import BrokerUnavailable, UnknownRequest
@@ -59,6 +59,9 @@ class Listener:
                 assert event.index == self.next_index, "a gap or a repeat"
             self.next_index = event.index + len(event.token_ids)
             assert event.token_ids == tokens_of(event.request_id, event.index, self.next_index)
+            assert event.logprobs == logprobs_of(event.request_id, event.index, self.next_index)
+            if event.token_ids:
+                assert event.prompt_logprobs == prompt_logprobs_of(event.request_id, event.index)
             if event.finish_reason is not None:
                 self.final = event
 

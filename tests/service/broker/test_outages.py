@@ -63,7 +63,7 @@ async def test_streams_survive_a_server_crash(crashing: EmbeddedValkey):
     worker.exchange(capacity=2)
     for _ in range(5):
         worker.step(capacity=0)
-    await until(lambda: len(streams[0].token_ids) == 5)
+    await until(lambda: len(streams[0].log.token_ids) == 5)
     crashing.kill()
     worker.generate()
     with pytest.raises(BrokerUnavailable):
@@ -89,7 +89,7 @@ async def test_restored_request_fences_the_worker_that_still_runs_it(forgetful: 
     stream = await gateway.submit(make_request("request", max_tokens=20))
     before.exchange()
     before.step(num_tokens=3)
-    await until(lambda: len(stream.token_ids) == 3)
+    await until(lambda: len(stream.log.token_ids) == 3)
     forgetful.kill()
     forgetful.start()
     after = SyntheticWorker(forgetful.url, "after", "nibble")
@@ -117,8 +117,8 @@ async def test_two_gateways_restore_a_request_once_with_the_longer_log(forgetful
     worker.step(num_tokens=3)
     attached = await second.attach("request")
     worker.step(num_tokens=2)
-    await until(lambda: len(stream.token_ids) == len(attached.token_ids) == 5)
-    attached.token_ids = attached.token_ids[:3]  # as if its last message had been lost
+    await until(lambda: len(stream.log.token_ids) == len(attached.log.token_ids) == 5)
+    attached.log.token_ids = attached.log.token_ids[:3]  # as if its last message had been lost
     forgetful.kill()
     forgetful.start()
     with redis.Redis.from_url(forgetful.url) as client:
@@ -128,7 +128,7 @@ async def test_two_gateways_restore_a_request_once_with_the_longer_log(forgetful
     await step_until_idle(worker)
     await until(lambda: stream.is_complete and attached.is_complete)
     assert tokens(await collect(stream)) == tokens_of("request", 0, 20)
-    assert attached.token_ids == tokens_of("request", 0, 20)
+    assert attached.log.token_ids == tokens_of("request", 0, 20)
     worker.broker.close()
     for gateway in (first, second):
         await gateway.close()
@@ -196,7 +196,7 @@ async def test_lost_messages_are_read_from_the_log(make_gateway, make_worker, mo
     stream = await gateway.submit(make_request("request", max_tokens=10))
     worker.exchange()
     worker.step()
-    await until(lambda: len(stream.token_ids) == 1)
+    await until(lambda: len(stream.log.token_ids) == 1)
     dispatch = gateway._streams.dispatch
     monkeypatch.setattr(gateway._streams, "dispatch", lambda message: True)
     worker.step()
@@ -204,7 +204,7 @@ async def test_lost_messages_are_read_from_the_log(make_gateway, make_worker, mo
     await asyncio.sleep(0.05)
     monkeypatch.setattr(gateway._streams, "dispatch", dispatch)
     worker.step()  # shows the gap
-    await until(lambda: len(stream.token_ids) == 4)
+    await until(lambda: len(stream.log.token_ids) == 4)
     worker.run_until_idle()
     assert tokens(await collect(stream)) == tokens_of("request", 0, 10)
 

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import tokens_of
+from synthetic import logprobs_of, tokens_of
 
 from nibble.engine.protocol import FinishReason, TokenEvent
 from nibble.service.broker.stream_table import StreamTable
@@ -19,6 +19,7 @@ def event(start: int, stop: int, is_final: bool = False, request_id: str = "requ
         index=start,
         token_ids=tokens_of(request_id, start, stop),
         finish_reason=FinishReason.LENGTH if is_final else None,
+        logprobs=logprobs_of(request_id, start, stop),
     )
 
 
@@ -29,27 +30,33 @@ async def collect(stream: TokenStream) -> list[TokenEvent]:
 SPANS = st.tuples(st.integers(0, LENGTH), st.integers(0, LENGTH)).map(sorted)
 
 
-@given(spans=st.lists(SPANS, max_size=30), from_index=st.integers(0, LENGTH), drains=st.sets(st.integers(0, 30)))
-def test_any_order_of_offers_is_delivered_contiguously(spans, from_index, drains):
+@given(
+    spans=st.lists(SPANS, max_size=30),
+    from_index=st.integers(0, LENGTH),
+    drains=st.sets(st.integers(0, 30)),
+    name=st.sampled_from(["request", "request-1"]),
+)
+def test_any_order_of_offers_is_delivered_contiguously(spans, from_index, drains, name):
     async def run() -> list[TokenEvent]:
-        stream = TokenStream("request", from_index)
+        stream = TokenStream(name, from_index)
         delivered = []
         for number, (start, stop) in enumerate(spans):
-            has_gap = start > len(stream.token_ids)
-            assert stream.offer(event(start, stop)) is not has_gap
+            has_gap = start > len(stream.log.token_ids)
+            assert stream.offer(event(start, stop, False, name)) is not has_gap
             num_delivered = sum(len(each.token_ids) for each in delivered)
-            if number in drains and len(stream.token_ids) > from_index + num_delivered:
+            if number in drains and len(stream.log.token_ids) > from_index + num_delivered:
                 delivered.append(await anext(stream))
-        stream.offer(event(len(stream.token_ids), LENGTH, is_final=True))
-        stream.offer(event(0, LENGTH, is_final=True))
+        stream.offer(event(len(stream.log.token_ids), LENGTH, True, name))
+        stream.offer(event(0, LENGTH, True, name))
         return delivered + await collect(stream)
 
     delivered = asyncio.run(run())
     index = from_index
     for each in delivered:
         assert each.index == index
+        assert each.logprobs == logprobs_of(name, index, index + len(each.token_ids))
         index += len(each.token_ids)
-    assert [t for each in delivered for t in each.token_ids] == tokens_of("request", from_index, LENGTH)
+    assert [t for each in delivered for t in each.token_ids] == tokens_of(name, from_index, LENGTH)
     assert [each.finish_reason for each in delivered] == [None] * (len(delivered) - 1) + [FinishReason.LENGTH]
 
 
@@ -104,7 +111,7 @@ async def test_table_delivers_to_all_streams_of_a_request_and_ignores_others():
     for stream in streams:
         table.add(stream)
     assert table.dispatch(message(event(0, 2), event(0, 1, request_id="unknown")))
-    assert [len(stream.token_ids) for stream in streams] == [2, 2, 0]
+    assert [len(stream.log.token_ids) for stream in streams] == [2, 2, 0]
     assert "request" in table
     assert table.dispatch(message(event(2, 3, is_final=True)))
     assert "request" not in table

@@ -72,9 +72,9 @@ local function close_log(id, event)
   if fields[3] ~= '' then
     redis.call('ZREM', deadlines, id)
   end
-  redis.call('PEXPIRE', state, fields[2])
-  redis.call('PEXPIRE', key('tokens', id), fields[2])
-  redis.call('PEXPIRE', key('request', id), fields[2])
+  for _, kind in ipairs({'state', 'tokens', 'logprobs', 'prompt_logprobs', 'request'}) do
+    redis.call('PEXPIRE', key(kind, id), fields[2])
+  end
   return fields[1], fields[4]
 end
 

@@ -1,14 +1,15 @@
 -- One worker's round trip per engine step.
--- ARGV: worker, worker_id, info, lease_ms, capacity, is_first, known, num_final, events, tokens, encoded.
+-- ARGV: worker, worker_id, info, lease_ms, capacity, is_first, known, num_final, events, tokens, encoded, logprobs.
 --   known: '' or, to resynchronise, a msgpack map of what the worker holds once these events are in: id -> attempt.
---   events: one flat msgpack array of id, attempt, index, number of tokens, bytes of the encoded TokenEvent for each event;
---     the num_final last ones are final. tokens (packed) and encoded: those of all events, one after another. (Server
---     arguments for each event would cost more than all the rest.)
+--   events: one flat msgpack array of id, attempt, index, number of tokens, bytes of the encoded TokenEvent, of its log
+--     probabilities and of those of the prompt for each event; the num_final last ones are final. tokens (packed), encoded
+--     and logprobs (an event's, then the prompt's): those of all events, one after another. (Server arguments for each
+--     event would cost more than all the rest.)
 -- Returns {must_resync, dropped ids, request and attempt and tokens of each assignment, counters}.
 
 local worker, worker_id, info, lease_ms, capacity = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 local is_first, known, num_final, events = ARGV[6] == '1', ARGV[7], tonumber(ARGV[8]), cmsgpack.unpack(ARGV[9])
-local NUM_PER_EVENT = 5
+local NUM_PER_EVENT = 7
 
 local held, tokens_prefix = key('worker', worker), key('tokens', '')
 local dropped, dropped_set, assignments = {}, {}, {}
@@ -53,32 +54,41 @@ local function refuse(id, attempt)
   drop(id)
 end
 
--- The log did not end at `index` when `packed` was appended. True if it now ends right: a repeat of what it has already
--- (a lost reply) or of a part of it. False after a gap, which leaves the log as it was.
-local function repair(tokens, index, packed, length)
+-- The log did not end at byte `start` when `packed` was appended. True if it now ends right: a repeat of what it has
+-- already (a lost reply) or of a part of it. False after a gap, which leaves the log as it was.
+local function repair(log, start, packed, length)
   local before = length - #packed
-  local log = redis.call('GETRANGE', tokens, 0, -1)
-  local overlap = before - index * 4
+  local content = redis.call('GETRANGE', log, 0, -1)
+  local overlap = before - start
   if overlap < 0 then
     packed = ''
   else
     packed = string.sub(packed, overlap + 1)
   end
   if before + #packed == 0 then
-    redis.call('DEL', tokens)
+    redis.call('DEL', log)
   else
-    redis.call('SET', tokens, string.sub(log, 1, before) .. packed)
+    redis.call('SET', log, string.sub(content, 1, before) .. packed)
   end
   return overlap >= 0
 end
 
-local function append(id, index, packed)
-  local tokens = tokens_prefix .. id
+local function append(log, start, packed)
   if #packed == 0 then
-    return redis.call('STRLEN', tokens) >= index * 4
+    return redis.call('STRLEN', log) >= start
   end
-  local length = redis.call('APPEND', tokens, packed)
-  return length == index * 4 + #packed or repair(tokens, index, packed, length)
+  local length = redis.call('APPEND', log, packed)
+  return length == start + #packed or repair(log, start, packed, length)
+end
+
+-- Records of one length, one for each token; those of the prompt come once.
+local function append_logprobs(id, index, num_tokens, logprobs, prompt_logprobs)
+  if #logprobs > 0 then
+    append(key('logprobs', id), index * #logprobs / num_tokens, logprobs)
+  end
+  if #prompt_logprobs > 0 then
+    redis.call('SET', key('prompt_logprobs', id), prompt_logprobs)
+  end
 end
 
 -- Fences repeat (same attempt, same gateway), so that each distinct one is taken apart once.
@@ -89,35 +99,48 @@ local function split(fence)
   return parts[fence]
 end
 
-local function record_event(id, attempt, index, packed, event, is_final)
+-- Appends an event's tokens; its gateways, or nil where it is refused.
+local function accept(id, attempt, index, packed)
   local fence = fences[id]
   local part = fence and (parts[fence] or split(fence))
   if not part or part.attempt ~= attempt then
     refuse(id, attempt)
-  elseif not append(id, index, packed) then
-    -- Tokens are missing: this server lost its last writes. Some worker generates them again.
-    fences[id] = nil
-    redis.call('HDEL', held, id)
-    requeue(id, true)
-    drop(id)
-  else
-    if is_final then
-      fences[id] = nil
-      close_log(id, event)
-    end
-    tell(part.gateways, event)
+    return nil
   end
+  if append(tokens_prefix .. id, index * 4, packed) then
+    return part.gateways
+  end
+  -- Tokens are missing: this server lost its last writes. Some worker generates them again.
+  fences[id] = nil
+  redis.call('HDEL', held, id)
+  requeue(id, true)
+  drop(id)
+  return nil
 end
 
 local function record_events()
   read_fences()
-  local tokens, encoded, sub = ARGV[10], ARGV[11], string.sub
-  local tokens_at, encoded_at, first_final = 1, 1, #events - num_final * NUM_PER_EVENT + 1
+  local tokens, encoded, logprobs, sub = ARGV[10], ARGV[11], ARGV[12], string.sub
+  local tokens_at, encoded_at, logprobs_at, first_final = 1, 1, 1, #events - num_final * NUM_PER_EVENT + 1
   for at = 1, #events, NUM_PER_EVENT do
-    local tokens_end, encoded_end = tokens_at + events[at + 3] * 4, encoded_at + events[at + 4]
-    record_event(events[at], events[at + 1], events[at + 2], sub(tokens, tokens_at, tokens_end - 1),
-      sub(encoded, encoded_at, encoded_end - 1), at >= first_final)
-    tokens_at, encoded_at = tokens_end, encoded_end
+    local id, index, num_tokens = events[at], events[at + 2], events[at + 3]
+    local tokens_end, encoded_end = tokens_at + num_tokens * 4, encoded_at + events[at + 4]
+    local prompt_at = logprobs_at + events[at + 5]
+    local logprobs_end = prompt_at + events[at + 6]
+    local gateways = accept(id, events[at + 1], index, sub(tokens, tokens_at, tokens_end - 1))
+    if gateways then
+      if logprobs_end > logprobs_at then
+        append_logprobs(id, index, num_tokens, sub(logprobs, logprobs_at, prompt_at - 1),
+          sub(logprobs, prompt_at, logprobs_end - 1))
+      end
+      local event = sub(encoded, encoded_at, encoded_end - 1)
+      if at >= first_final then
+        fences[id] = nil
+        close_log(id, event)
+      end
+      tell(gateways, event)
+    end
+    tokens_at, encoded_at, logprobs_at = tokens_end, encoded_end, logprobs_end
   end
 end
 

@@ -1,11 +1,11 @@
 -- Admits a request and puts it into the queue, or restores one that a gateway holds and this server has lost.
 -- ARGV: id, request, gateway, nonce, priority_ms, deadline_ms or '', log_ttl_ms, max_attempts, max_queued, needs_worker,
---       attempt and tokens of a restored request ('' and '' for a new one).
+--       attempt, tokens, log probabilities and those of the prompt of a restored request ('' for each of a new one).
 -- Returns {'ok'}, {'duplicate'}, {'queue_full', queued, retry_after_ms} or {'no_worker', 0, retry_after_ms}.
 
 local id, request, gateway, nonce, priority_ms, deadline_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local log_ttl_ms, max_attempts, max_queued, needs_worker = ARGV[7], ARGV[8], tonumber(ARGV[9]), ARGV[10] == '1'
-local is_restore, attempt, tokens = ARGV[11] ~= '', ARGV[11], ARGV[12]
+local is_restore, attempt, tokens, logprobs, prompt_logprobs = ARGV[11] ~= '', ARGV[11], ARGV[12], ARGV[13], ARGV[14]
 
 local ARRIVALS_PER_MS = 1024  -- told apart by their order; scores stay exact doubles for two centuries
 local UNKNOWN_RETRY_MS, MIN_RETRY_MS, MAX_RETRY_MS = 5000, 1000, 60000
@@ -22,10 +22,18 @@ local function retry_after_ms(queued)
   return math.floor(math.min(MAX_RETRY_MS, math.max(MIN_RETRY_MS, queued / 2 / served_per_ms)))
 end
 
+local function set_log()
+  for kind, content in pairs({tokens = tokens, logprobs = logprobs, prompt_logprobs = prompt_logprobs}) do
+    if #content > 0 then
+      redis.call('SET', key(kind, id), content)
+    end
+  end
+end
+
 local function merge_restored()
   local known = redis.call('HMGET', key('state', id), 'status')
   if known[1] == 'queued' and #tokens > redis.call('STRLEN', key('tokens', id)) then
-    redis.call('SET', key('tokens', id), tokens)
+    set_log()
   end
   watch(id, gateway)
   return {'ok'}
@@ -55,9 +63,7 @@ end
 local arrival = redis.call('INCR', ns .. ':arrivals') % ARRIVALS_PER_MS
 local score = (now + priority_ms) * ARRIVALS_PER_MS + arrival
 redis.call('SET', key('request', id), request)
-if #tokens > 0 then
-  redis.call('SET', key('tokens', id), tokens)
-end
+set_log()
 redis.call('HSET', key('state', id), 'status', 'queued', 'attempt', is_restore and attempt or 1, 'crashes', 0,
   'worker', '', 'gateways', gateway, 'score', score, 'nonce', nonce, 'deadline_ms', deadline_ms,
   'max_attempts', max_attempts, 'log_ttl_ms', log_ttl_ms)
