@@ -51,7 +51,7 @@ def violations(importers: Callable[[str], bool], forbidden: Callable[[str], bool
 
 def test_the_walk_sees_the_code() -> None:
     assert "nibble.engine.protocol" in MODULES
-    assert any(is_within(name, "nibble.engine.protocol") for name in imported_by("nibble.service.gateway.chat"))
+    assert any(is_within(name, "nibble.engine.protocol") for name in imported_by("nibble.service.gateway.plan"))
 
 
 def test_kernels_import_no_other_room() -> None:

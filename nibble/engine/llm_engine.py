@@ -25,8 +25,7 @@ from nibble.engine.memory_plan import make_runner
 from nibble.engine.model import DecoderModel
 from nibble.engine.model_config import ModelConfig
 from nibble.engine.model_runner import ModelRunner, PendingStep
-from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
-from nibble.engine.sampling_params import check_sampling
+from nibble.engine.protocol import FinishReason, GenerationRequest, InvalidSampling, TokenEvent, check_sampling
 from nibble.engine.scheduler import Scheduler
 from nibble.engine.sequence import Sequence
 from nibble.engine.service_order import ServiceOrder, aged_priority
@@ -162,7 +161,10 @@ class LLMEngine:
             raise RequestError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
         if request.sampling.max_tokens < 1:
             raise RequestError(f"max_tokens is {request.sampling.max_tokens}, the least is 1")
-        check_sampling(request.sampling, self.config.vocab_size)
+        try:
+            check_sampling(request.sampling, self.config.vocab_size)
+        except InvalidSampling as error:
+            raise RequestError(str(error)) from error
         if request.request_id in self._sequences:
             raise RequestError(f"request {request.request_id} is already running")
 

@@ -7,6 +7,8 @@ appended with a default. Text never appears here; stop strings and tool calls be
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from enum import StrEnum
 
 import msgspec
@@ -14,6 +16,13 @@ import msgspec
 # A request is served as if it had come so much later for each step of its priority number, in the queue and in the
 # engine. So a lower number goes first among requests that came within that time, and nobody waits for ever.
 PRIORITY_S = 60.0  # longer than most requests take: within a burst, priorities are strict
+MAX_LOGPROBS = 20
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIASES = 1024
+MAX_BAD_WORD_TOKENS = 17  # of one
+MAX_BAD_WORDS_TOKENS = 1024  # of all, and one more for each
+MAX_PENALTY = 100.0  # beyond any use; keeps logits finite
+MIN_REPETITION_PENALTY = 0.01
 
 
 class FinishReason(StrEnum):
@@ -57,6 +66,72 @@ class SamplingParams(msgspec.Struct, frozen=True, array_like=True, kw_only=True)
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+
+class InvalidSampling(ValueError):
+    """A sampling parameter that no engine can honour: `field` of SamplingParams."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field = field
+
+
+def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
+    """Raises InvalidSampling for what is beyond a limit, or leaves no token to draw."""
+    _check_numbers(sampling)
+    words, biased = sampling.bad_words_token_ids, [token_id for token_id, _ in sampling.logit_bias]
+    in_words = [token_id for word in words for token_id in word]
+    if len(set(biased)) < len(biased):
+        raise InvalidSampling("logit_bias", "names a token id twice")
+    if not all(words):
+        raise InvalidSampling("bad_words_token_ids", "has an empty word")
+    for field, count, limit, what in (
+        ("stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKEN_IDS, "ids"),
+        ("logit_bias", len(biased), MAX_LOGIT_BIASES, "ids"),
+        ("bad_words_token_ids", len(in_words) + len(words), MAX_BAD_WORDS_TOKENS, "ids and ends of words"),
+        ("bad_words_token_ids", max(map(len, words), default=0), MAX_BAD_WORD_TOKENS, "ids in one word"),
+    ):
+        if count > limit:
+            raise InvalidSampling(field, f"has {count} {what}, the limit is {limit}")
+    allowed = sampling.allowed_token_ids or ()
+    _check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
+    _check_ids("logit_bias", biased, vocab_size)
+    _check_ids("allowed_token_ids", allowed, vocab_size)
+    _check_ids("bad_words_token_ids", in_words, vocab_size)
+    _check_something_is_left(sampling, vocab_size)
+
+
+def _check_numbers(sampling: SamplingParams) -> None:
+    for field, lowest, highest in (
+        ("frequency_penalty", -MAX_PENALTY, MAX_PENALTY),
+        ("presence_penalty", -MAX_PENALTY, MAX_PENALTY),
+        ("repetition_penalty", MIN_REPETITION_PENALTY, MAX_PENALTY),
+        ("logprobs", 0, MAX_LOGPROBS),
+        ("prompt_logprobs", 0, MAX_LOGPROBS),
+    ):
+        value = getattr(sampling, field)
+        if value is not None and not lowest <= value <= highest:
+            raise InvalidSampling(field, f"is {value}, the limits are {lowest} and {highest}")
+    for token_id, bias in sampling.logit_bias:
+        if math.isnan(bias) or bias == math.inf:
+            raise InvalidSampling("logit_bias", f"of token id {token_id} is {bias}, it must be finite or -inf")
+
+
+def _check_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    bad = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
+    if bad is not None:
+        raise InvalidSampling(field, f"has token id {bad}, outside the vocabulary of {vocab_size}")
+
+
+def _check_something_is_left(sampling: SamplingParams, vocab_size: int) -> None:
+    forbidden = {token_id for token_id, bias in sampling.logit_bias if bias == -math.inf}
+    forbidden.update(word[0] for word in sampling.bad_words_token_ids if len(word) == 1)
+    if sampling.min_tokens:
+        forbidden.update(sampling.stop_token_ids)
+    allowed = sampling.allowed_token_ids
+    if len(forbidden) >= vocab_size if allowed is None else forbidden.issuperset(allowed):
+        others = "logit_bias, bad words and stop tokens before min_tokens"
+        raise InvalidSampling("allowed_token_ids", f"leave no token to draw, with {others}")
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=True):

@@ -215,7 +215,7 @@ def test_nonfinite_logits_end_only_their_own_request(make_engine: MakeEngine) ->
         (request("x", num_prompt_tokens=0), "prompt is empty"),
         (request("x", num_prompt_tokens=2048), "prompt has 2048 tokens, the limit is 2047"),
         (request("x", max_tokens=0), "max_tokens is 0"),
-        (request("x", stop_token_ids=tuple(range(300))), "request has 300 stop token ids, the limit is 256"),
+        (request("x", stop_token_ids=tuple(range(300))), "stop_token_ids has 300 ids, the limit is 256"),
     ],
 )
 def test_a_request_that_can_never_run_is_refused(make_engine: MakeEngine, bad: GenerationRequest, message: str) -> None:

@@ -23,13 +23,14 @@ from nibble.service.gateway.boundary import Boundary
 from nibble.service.gateway.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, ServerFault
 from nibble.service.gateway.gateway import Gateway, nibble_version
 from nibble.service.gateway.metrics import GatewayMetrics
-from nibble.service.gateway.routes import chat_completions, models, operations
+from nibble.service.gateway.routes import chat_completions, completions, models, operations
 from nibble.service.gateway.routes.body import SCHEMA_REF
 from nibble.service.gateway.schema.chat import ChatCompletionRequest
+from nibble.service.gateway.schema.text import CompletionRequest
 from nibble.service.gateway.served_model import load_served_model
 from nibble.service.gateway.settings import GatewaySettings
 
-_BODIES = (ChatCompletionRequest,)
+_BODIES = (ChatCompletionRequest, CompletionRequest)
 
 
 def create_gateway(settings: GatewaySettings) -> Gateway:
@@ -63,6 +64,7 @@ def create_app(gateway: Gateway) -> ASGIApp:
     app = FastAPI(title="Nibble", version=nibble_version(), lifespan=lifespan, redoc_url=None)
     app.state.gateway = gateway
     app.include_router(chat_completions.router)
+    app.include_router(completions.router)
     app.include_router(models.router)
     app.include_router(operations.router)
     app.add_exception_handler(ApiError, _answer_error)

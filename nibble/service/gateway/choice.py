@@ -5,9 +5,12 @@ A pure function of the token log: how the tokens were grouped into events change
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nibble.engine.protocol import FinishReason, RequestMetrics, TokenEvent
-from nibble.service.gateway.chat import ChatPlan
 from nibble.service.gateway.detokenizer import Detokenizer
+from nibble.service.gateway.logprobs import LogprobTrack, TokenLogprob
+from nibble.service.gateway.plan import Plan
 from nibble.service.gateway.stops import StopScanner
 
 
@@ -21,8 +24,13 @@ class Choice:
 
     __slots__ = (
         "_detokenizer",
+        "_is_cut",
+        "_logprobs",
         "_min_tokens",
+        "_num_decoded",
+        "_num_sent",
         "_pending",
+        "_prompt",
         "_scanner",
         "_shows_stop",
         "_stop_token_ids",
@@ -32,8 +40,15 @@ class Choice:
         "num_tokens",
     )
 
-    def __init__(self, plan: ChatPlan, detokenizer: Detokenizer) -> None:
+    def __init__(self, plan: Plan, detokenizer: Detokenizer, index: int = 0) -> None:
         self._detokenizer = detokenizer
+        self._prompt = plan.requests[index].prompt_token_ids if plan.echoes else []  # until it was sent
+        if plan.continues_prompt and not plan.echoes:
+            detokenizer.push(plan.requests[index].prompt_token_ids)
+        self._logprobs = None if plan.num_logprobs is None else LogprobTrack(plan.num_logprobs)
+        self._num_decoded = 0  # characters, what a stop string cuts off included
+        self._num_sent = 0  # characters
+        self._is_cut = False  # by a stop string
         self._scanner = StopScanner(plan.stops, include_stop=plan.include_stop) if plan.stops else None
         self._min_tokens = plan.requests[0].sampling.min_tokens
         self._stop_token_ids = frozenset(plan.requests[0].sampling.stop_token_ids)
@@ -45,7 +60,21 @@ class Choice:
         self.metrics: RequestMetrics | None = None
 
     def push(self, event: TokenEvent) -> str:
-        """Return the text that became certain. Nothing is pushed once finish_reason is set."""
+        """Return the text that became certain. Nothing is pushed once finish_reason is set. Raises ServerFault."""
+        text = self._echo(event) if self._prompt else ""
+        if self._logprobs is not None:
+            self._logprobs.receive(event.token_ids, event.logprobs)
+        text += self._push(event)
+        self._num_sent += len(text)
+        return text
+
+    def take_logprobs(self) -> Sequence[TokenLogprob]:
+        """Those of the text that `push` has returned."""
+        if self._logprobs is None:
+            return ()
+        return self._logprobs.take(None if self.finish_reason is not None and not self._is_cut else self._num_sent)
+
+    def _push(self, event: TokenEvent) -> str:
         token_ids = self._pending + event.token_ids if self._pending else event.token_ids
         reason = event.finish_reason
         self.metrics = event.metrics or self.metrics
@@ -57,11 +86,11 @@ class Choice:
             token_ids = token_ids[:-1] if self._pending else token_ids
         num_hidden = 1 if reason is FinishReason.STOP and self._hides_last(token_ids) else 0
         visible = token_ids[:-1] if num_hidden else token_ids
-        if self._scanner is None:
+        if self._scanner is None and self._logprobs is None:
             self.num_tokens += len(visible)
             text = self._detokenizer.push(visible)
         else:
-            text = self._scan(visible, self._scanner)
+            text = self._push_singly(visible)
             if self.finish_reason is not None:
                 return text
         self.num_tokens += num_hidden
@@ -70,22 +99,42 @@ class Choice:
         self.finish_reason = reason
         return text + self._flush()
 
+    def _echo(self, event: TokenEvent) -> str:
+        """The prompt's text, with the first event: its log probabilities come with it."""
+        track, prompt, self._prompt = self._logprobs, self._prompt, []
+        if track is None:
+            text = self._detokenizer.push(prompt)
+            self._num_decoded = len(text)
+            return text
+        track.receive(prompt[1:], event.prompt_logprobs)
+        texts = []
+        for i, token_id in enumerate(prompt):
+            if i:
+                track.show(self._num_decoded)
+            else:
+                track.show_first_of_prompt(token_id)
+            texts.append(self._detokenizer.push((token_id,)))
+            self._num_decoded += len(texts[-1])
+        return "".join(texts)
+
     def _hides_last(self, token_ids: list[int]) -> bool:
         """The token that ended a generation is a marker, not part of the answer."""
         return bool(token_ids) and token_ids[-1] in self._stop_token_ids and not self._shows_stop
 
-    def _scan(self, token_ids: list[int], scanner: StopScanner) -> str:
+    def _push_singly(self, token_ids: list[int]) -> str:
         """One token at a time, so that the count ends with the token that completed a stop string."""
         texts = []
         for token_id in token_ids:
             self.num_tokens += 1
+            if self._logprobs is not None:
+                self._logprobs.show(self._num_decoded)
             text = self._detokenizer.push((token_id,))
-            if self.num_tokens >= self._min_tokens:  # before that, the text may hold stop strings
-                text, is_stopped = scanner.push(text)
-                if is_stopped:
-                    self.finish_reason = FinishReason.STOP
+            self._num_decoded += len(text)
+            if self._scanner is not None and self.num_tokens >= self._min_tokens:  # before, text may hold stop strings
+                text, self._is_cut = self._scanner.push(text)
             texts.append(text)
-            if self.finish_reason is not None:
+            if self._is_cut:
+                self.finish_reason = FinishReason.STOP
                 break
         return "".join(texts)
 
@@ -96,6 +145,7 @@ class Choice:
         text, is_stopped = self._scanner.push(text)
         if not is_stopped:
             return text + self._scanner.flush()
+        self._is_cut = True
         if self.finish_reason is FinishReason.LENGTH:
             self.finish_reason = FinishReason.STOP
         return text

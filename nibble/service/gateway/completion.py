@@ -1,4 +1,4 @@
-"""The JSON of chat completions: the chunks of a stream, and the whole answer, which is the fold of the same deltas.
+"""The JSON of completions: the chunks of a stream, and the whole answer, which is the fold of the same deltas.
 
 A chunk costs one bytes template and the escaping of its text; nothing else in it changes (a pydantic model or a dict
 for each chunk costs 5 to 40 times as much).
@@ -12,6 +12,8 @@ from typing import Any
 import orjson
 
 from nibble.service.gateway.generation import Delta, Generation, Usage
+from nibble.service.gateway.logprobs import TokenLogprob
+from nibble.service.gateway.shapes import Shape
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -36,33 +38,40 @@ class ChunkEncoder:
     chunk with the finish reason and the one with the usage each count as one more.
     """
 
-    def __init__(self, identity: Identity, num_choices: int, *, include_usage: bool) -> None:
+    def __init__(
+        self, identity: Identity, shape: Shape, num_choices: int, *, include_usage: bool, has_logprobs: bool = False
+    ) -> None:
         self._identity = identity
+        self._shape = shape
         self._include_usage = include_usage
+        self._has_logprobs = has_logprobs
         self._positions = [0] * num_choices
         self._heads = []
         self._tails = []
         for choice in range(num_choices):
-            head, tail = self._chunk(choice, {"content": _TEXT}, None).split(orjson.dumps(_TEXT))
+            head, tail = self._chunk(shape.chunk(choice, _TEXT, None, None)).split(orjson.dumps(_TEXT))
             self._heads.append(b"\ndata: " + head)
             self._tails.append(tail + b"\n\n")
         self._id = f"id: {identity.request_id}:".encode()
 
     def opening(self) -> bytes:
-        """The chunk with the role, for each choice."""
-        deltas = {"role": "assistant", "content": ""}
-        return b"".join(self._event(self._chunk(i, deltas, None)) for i in range(len(self._positions)))
+        """What comes before the first delta, for each choice."""
+        choices = [self._shape.opening(choice) for choice in range(len(self._positions))]
+        return b"".join(self._event(self._chunk(choice)) for choice in choices if choice is not None)
 
     def delta(self, delta: Delta) -> bytes:
-        choice, text, finish_reason, num_tokens = delta
+        choice, text, finish_reason, num_tokens, logprobs = delta
         self._positions[choice] = num_tokens
         events = b""
-        if text:
+        if self._has_logprobs:
+            if text or logprobs:
+                events = self._event(self._chunk(self._shape.chunk(choice, text, logprobs, None)))
+        elif text:
             position = b"%d" % num_tokens if len(self._positions) == 1 else self._position()
             events = b"".join((self._id, position, self._heads[choice], orjson.dumps(text), self._tails[choice]))
         if finish_reason is not None:
             self._positions[choice] += 1
-            events += self._event(self._chunk(choice, {}, finish_reason))
+            events += self._event(self._chunk(self._shape.chunk(choice, None, None, finish_reason)))
         return events
 
     def closing(self, usage: Usage) -> bytes:
@@ -72,13 +81,12 @@ class ChunkEncoder:
         self._positions[-1] += 1
         return self._event(orjson.dumps({**self._common(), "choices": [], "usage": usage.openai_json()})) + DONE
 
-    def _chunk(self, choice: int, delta: dict[str, str], finish_reason: str | None) -> bytes:
-        choices = [{"index": choice, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
+    def _chunk(self, choice: dict[str, Any]) -> bytes:
         usage = {"usage": None} if self._include_usage else {}
-        return orjson.dumps({**self._common(), "choices": choices, **usage})
+        return orjson.dumps({**self._common(), "choices": [choice], **usage})
 
     def _common(self) -> dict[str, Any]:
-        return _common(self._identity, "chat.completion.chunk")
+        return _common(self._identity, self._shape.chunk_object)
 
     def _event(self, chunk: bytes) -> bytes:
         return b"".join((self._id, self._position(), b"\ndata: ", chunk, b"\n\n"))
@@ -87,25 +95,23 @@ class ChunkEncoder:
         return b".".join([b"%d" % position for position in self._positions])
 
 
-async def fold(generation: Generation, identity: Identity) -> bytes:
+async def fold(generation: Generation, identity: Identity, shape: Shape) -> bytes:
     """Return the whole answer as JSON. Raises ApiError."""
     texts: list[list[str]] = [[] for _ in generation.choices]
+    logprobs: list[list[TokenLogprob]] = [[] for _ in generation.choices]
     reasons = [""] * len(texts)
     async for delta in generation.deltas():
         texts[delta.choice].append(delta.text)
+        logprobs[delta.choice] += delta.logprobs
         if delta.finish_reason is not None:
             reasons[delta.choice] = delta.finish_reason
+    has_logprobs = generation.plan.num_logprobs is not None
     choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": "".join(parts), "refusal": None},
-            "logprobs": None,
-            "finish_reason": reason,
-        }
-        for index, (parts, reason) in enumerate(zip(texts, reasons, strict=True))
+        shape.whole(index, "".join(parts), own_logprobs if has_logprobs else None, reason)
+        for index, (parts, own_logprobs, reason) in enumerate(zip(texts, logprobs, reasons, strict=True))
     ]
     usage = generation.usage().openai_json()
-    return orjson.dumps({**_common(identity, "chat.completion"), "choices": choices, "usage": usage})
+    return orjson.dumps({**_common(identity, shape.whole_object), "choices": choices, "usage": usage})
 
 
 def _common(identity: Identity, object_name: str) -> dict[str, Any]:

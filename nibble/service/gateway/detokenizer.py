@@ -62,6 +62,27 @@ def detokenizer_factory(tokenizer: Tokenizer) -> Callable[[bool], Detokenizer]:
     return lambda skip_special_tokens: PieceDetokenizer(pieces_of[skip_special_tokens], rules)
 
 
+def token_bytes_function(tokenizer: Tokenizer) -> Callable[[int], bytes]:
+    """Return `token_bytes(token_id)`: what a token stands for by itself, special ones included; b"" for no token.
+
+    Raises UnsupportedDecoder.
+    """
+    stages = _stages(json.loads(tokenizer.to_str())["decoder"])
+    if [stage["type"] for stage in stages] == ["ByteLevel"]:
+        return _Pieces(tokenizer, False, byte_level_piece, b"").__getitem__
+    rules = _piece_rules(stages)
+
+    def to_bytes(token: str) -> bytes:
+        piece = _sentencepiece_piece(token, rules)
+        if isinstance(piece, int):
+            return bytes([piece])
+        for old, new in rules.text_replacements:
+            piece = piece.replace(old, new)
+        return piece.encode()
+
+    return _Pieces(tokenizer, False, to_bytes, b"").__getitem__
+
+
 class ByteLevelDetokenizer:
     """Every token is bytes of one long UTF-8 text."""
 

@@ -1,4 +1,4 @@
-"""Which fields of a chat request are rejected or reported. All others of the schema are honoured.
+"""Which fields of a request are rejected or reported. All others of the schemas are honoured.
 
 Rejected: the field would change the answer and is not supported yet. Reported: the answer is right without it, but
 the client should know; its name goes into the response header `x-nibble-ignored`. A neutral value asks for nothing.
@@ -11,18 +11,12 @@ from typing import Any
 from urllib.parse import quote
 
 from nibble.service.gateway.errors import InvalidRequest
-from nibble.service.gateway.schema.chat import ChatCompletionRequest
+from nibble.service.gateway.schema.sampling import SamplingBody
 
 _MAX_REPORTED = 32  # names in the header; proxies limit the size of headers
 
 # field -> is this (non-null) value neutral
 _REJECTED: Mapping[str, Callable[[Any], bool]] = {
-    "frequency_penalty": lambda value: value == 0,
-    "presence_penalty": lambda value: value == 0,
-    "repetition_penalty": lambda value: value == 1,
-    "logit_bias": lambda value: not value,
-    "logprobs": lambda value: not value,
-    "top_logprobs": lambda value: value == 0,
     "response_format": lambda value: value.type == "text",
     "tools": lambda value: not value,
     "tool_choice": lambda value: value == "none",
@@ -32,6 +26,7 @@ _REJECTED: Mapping[str, Callable[[Any], bool]] = {
     "audio": lambda value: not value,
     "web_search_options": lambda value: False,  # {} asks for a search with default options
     "moderation": lambda value: not value,
+    "suffix": lambda value: not value,
 }
 
 _REPORTED = (
@@ -46,17 +41,17 @@ _REPORTED = (
 )
 
 
-def check_supported(request: ChatCompletionRequest) -> None:
+def check_supported(request: SamplingBody) -> None:
     """Raise InvalidRequest for the first field whose value asks for what is not supported yet."""
     for field, is_neutral in _REJECTED.items():
-        value = getattr(request, field)
+        value = _known(request, field)
         if value is not None and not is_neutral(value):
             raise InvalidRequest(f"{field} is not supported yet", param=field, code="unsupported_parameter")
 
 
-def ignored_fields(request: ChatCompletionRequest) -> tuple[str, ...]:
+def ignored_fields(request: SamplingBody) -> tuple[str, ...]:
     """Names of the fields that were sent and have no effect, unknown ones included."""
-    known = [field for field in _REPORTED if getattr(request, field)]
+    known = [field for field in _REPORTED if _known(request, field)]
     unknown = _set_extras(request.model_extra)
     options = request.stream_options
     nested = [f"stream_options.{name}" for name in _set_extras(options.model_extra)] if options else []
@@ -67,6 +62,11 @@ def ignored_header(fields: tuple[str, ...]) -> str:
     """The value of x-nibble-ignored; names are the client's and may hold anything, so they are percent-encoded."""
     names = [quote(field[:64]) for field in fields[:_MAX_REPORTED]]
     return ",".join([*names, "..."] if len(fields) > _MAX_REPORTED else names)
+
+
+def _known(request: SamplingBody, field: str) -> Any:
+    """Its value, if this endpoint has such a field; unknown ones are attributes too."""
+    return getattr(request, field) if field in type(request).model_fields else None
 
 
 def _set_extras(extra: Mapping[str, Any] | None) -> list[str]:

@@ -9,28 +9,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from nibble.engine.protocol import FinishReason, TokenEvent
 from nibble.service.broker.errors import BrokerError
 from nibble.service.broker.token_stream import TokenStream
-from nibble.service.gateway.chat import ChatPlan
 from nibble.service.gateway.choice import Choice
 from nibble.service.gateway.errors import ApiError, Cancelled, DeadlineExceeded, ServerFault, from_broker
 from nibble.service.gateway.gateway import Gateway
+from nibble.service.gateway.logprobs import TokenLogprob
+from nibble.service.gateway.plan import Plan
 
 logger = logging.getLogger(__name__)
 
 
 class Delta(NamedTuple):
-    """What is new of one choice; finish_reason on its last delta alone. num_tokens: of this choice so far."""
+    """What is new of one choice; finish_reason on its last delta alone. num_tokens: of this choice so far.
+
+    logprobs: of the tokens that begin in the text, if they were asked for.
+    """
 
     choice: int
     text: str
     finish_reason: str | None
     num_tokens: int
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,12 @@ class Usage:
 class Generation:
     """Made by `start`. When `interrupted` is set, the client is told that error and `deltas` is left."""
 
-    def __init__(self, plan: ChatPlan, gateway: Gateway) -> None:
+    def __init__(self, plan: Plan, gateway: Gateway) -> None:
         self.plan = plan
-        self.choices = [Choice(plan, gateway.model.make_detokenizer(plan.skip_special_tokens)) for _ in plan.requests]
+        self.choices = [
+            Choice(plan, gateway.model.make_detokenizer(plan.skip_special_tokens), index)
+            for index in range(len(plan.requests))
+        ]
         self.interrupted: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         self._gateway = gateway
         self._streams: list[TokenStream] = []
@@ -66,7 +74,7 @@ class Generation:
         self._last_token_s = [0.0] * len(plan.requests)
 
     @classmethod
-    async def start(cls, plan: ChatPlan, gateway: Gateway) -> Generation:
+    async def start(cls, plan: Plan, gateway: Gateway) -> Generation:
         """Submit all choices, or none. Raises ApiError."""
         generation = cls(plan, gateway)
         try:
@@ -119,10 +127,10 @@ class Generation:
                 reason = choice.finish_reason
                 if reason is FinishReason.ERROR or reason is FinishReason.ABORT:
                     if text:
-                        yield Delta(index, text, None, choice.num_tokens)
+                        yield Delta(index, text, None, choice.num_tokens, choice.take_logprobs())
                     raise self._failure(event, reason)
                 if text or reason is not None:
-                    yield Delta(index, text, reason, choice.num_tokens)
+                    yield Delta(index, text, reason, choice.num_tokens, choice.take_logprobs())
                 if reason is not None:
                     break
             assert choice.finish_reason is not None, f"{self.plan.request_id}: the stream ended without a last event"

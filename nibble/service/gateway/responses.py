@@ -19,6 +19,7 @@ from nibble.service.gateway.boundary import SERVER_SEND
 from nibble.service.gateway.completion import DONE, KEEP_ALIVE, ChunkEncoder, Identity, fold
 from nibble.service.gateway.errors import ApiError, Cancelled, ServerFault
 from nibble.service.gateway.generation import Generation
+from nibble.service.gateway.shapes import Shape
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,11 @@ class ClientGone(Cancelled):
 class _GenerationResponse(Response):
     """Base of both: the generation is closed exactly once, before the end is written."""
 
-    def __init__(self, generation: Generation, identity: Identity, headers: Mapping[str, str]) -> None:
+    def __init__(self, generation: Generation, identity: Identity, shape: Shape, headers: Mapping[str, str]) -> None:
         super().__init__()
         self._generation = generation
         self._identity = identity
+        self._shape = shape
         self._extra_headers = headers
 
     async def _send_error(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,7 +75,7 @@ class CompletionResponse(_GenerationResponse):
     """The whole answer in one JSON body."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outcome = await self._concluded(fold(self._generation, self._identity), _until_disconnect(receive))
+        outcome = await self._concluded(fold(self._generation, self._identity, self._shape), _until_disconnect(receive))
         if isinstance(outcome, ApiError):
             await self._send_error(outcome, scope, receive, send)
         else:
@@ -84,9 +86,14 @@ class StreamResponse(_GenerationResponse):
     """Server-sent events, with a comment after each keep_alive_s of silence."""
 
     def __init__(
-        self, generation: Generation, identity: Identity, headers: Mapping[str, str], keep_alive_s: float
+        self,
+        generation: Generation,
+        identity: Identity,
+        shape: Shape,
+        headers: Mapping[str, str],
+        keep_alive_s: float,
     ) -> None:
-        super().__init__(generation, identity, headers)
+        super().__init__(generation, identity, shape, headers)
         self.raw_headers = [(name.encode(), value.encode()) for name, value in {**_SSE_HEADERS, **headers}.items()]
         self._keep_alive_s = keep_alive_s
         self._last_sent_s = time.monotonic()
@@ -107,11 +114,17 @@ class StreamResponse(_GenerationResponse):
         """Send all but the last bytes, which are returned."""
         generation = self._generation
         plan = generation.plan
-        encoder = ChunkEncoder(self._identity, len(plan.requests), include_usage=plan.include_usage)
+        encoder = ChunkEncoder(
+            self._identity,
+            self._shape,
+            len(plan.requests),
+            include_usage=plan.include_usage,
+            has_logprobs=plan.num_logprobs is not None,
+        )
         self._is_started = True
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        body = encoder.opening()
-        await send_chunk({"type": "http.response.body", "body": body, "more_body": True})
+        if opening := encoder.opening():
+            await send_chunk({"type": "http.response.body", "body": opening, "more_body": True})
         self._last_sent_s = time.monotonic()
         async for delta in generation.deltas():
             await send_chunk({"type": "http.response.body", "body": encoder.delta(delta), "more_body": True})

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from nibble.service.gateway.chat_template import ChatTemplate
-from nibble.service.gateway.detokenizer import Detokenizer, detokenizer_factory
+from nibble.service.gateway.detokenizer import Detokenizer, detokenizer_factory, token_bytes_function
 
 # A Unicode normal form can make a text at most this many times shorter in UTF-8 (three jamo to one Hangul syllable).
 _MAX_NORMALIZER_SHRINK = 4
@@ -43,10 +43,12 @@ class ServedModel:
     chat_template: ChatTemplate | None
     tokenizer: Tokenizer
     make_detokenizer: Callable[[bool], Detokenizer]
+    token_bytes: Callable[[int], bytes]  # what a token stands for by itself
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids without added special tokens. Releases the GIL, which `Tokenizer.encode` does not."""
-        ids: list[int] = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids; special tokens are those that the tokenizer begins a text with. Releases the GIL, which
+        `Tokenizer.encode` does not."""
+        ids: list[int] = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 
 
@@ -70,6 +72,7 @@ def load_served_model(directory: Path, name: str | None = None) -> ServedModel:
         chat_template=ChatTemplate(template, special_tokens) if template else None,
         tokenizer=tokenizer,
         make_detokenizer=detokenizer_factory(tokenizer),
+        token_bytes=token_bytes_function(tokenizer),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nibble.engine.protocol import GenerationRequest, SamplingParams
-from nibble.service.gateway.chat import ChatPlan, choice_request_id
+from nibble.service.gateway.plan import Plan, choice_request_id
 
 
 def make_plan(
@@ -15,9 +15,10 @@ def make_plan(
     include_stop: bool = False,
     stop_token_ids: tuple[int, ...] = (),
     min_tokens: int = 0,
+    logprobs: int | None = None,
     **options: Any,
-) -> ChatPlan:
-    sampling = SamplingParams(max_tokens=100, stop_token_ids=stop_token_ids, min_tokens=min_tokens)
+) -> Plan:
+    sampling = SamplingParams(max_tokens=100, stop_token_ids=stop_token_ids, min_tokens=min_tokens, logprobs=logprobs)
     requests = tuple(
         GenerationRequest(
             request_id=choice_request_id("chatcmpl-1", i), prompt_token_ids=[1, 2, 3], sampling=sampling, arrival_s=0.0
@@ -38,4 +39,4 @@ def make_plan(
         "service_tier": "default",
         "ignored": (),
     }
-    return ChatPlan(**{**values, **options})
+    return Plan(**{**values, **options})

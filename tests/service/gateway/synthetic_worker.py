@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable
 from typing import Literal
@@ -12,6 +13,22 @@ from nibble.service.broker.worker_side import WorkerBroker
 
 CACHED_TOKENS = 2
 Reply = Callable[[GenerationRequest], list[int]]
+
+
+def logprob_of(token_id: int) -> float:
+    """Known of each token; exact in float32."""
+    return -(token_id % 64) / 8
+
+
+def records(token_ids: list[int], num_logprobs: int | None) -> bytes:
+    """The most probable tokens of each are those with the next ids, with known log probabilities."""
+    assert num_logprobs is not None
+    words: list[float | int] = []
+    for token_id in token_ids:
+        words.append(logprob_of(token_id))
+        for k in range(1, num_logprobs + 1):
+            words += [token_id + k, -k / 4]
+    return struct.pack("<" + ("f" + "If" * num_logprobs) * len(token_ids), *words)
 
 
 class SyntheticWorker(threading.Thread):
@@ -100,8 +117,15 @@ class SyntheticWorker(threading.Thread):
                 prefill_s=0.0,
                 decode_s=0.0,
             )
+        wants_prompt = sampling.prompt_logprobs is not None and done == 0
         return TokenEvent(
-            request_id=request.request_id, index=done, token_ids=new, finish_reason=reason, metrics=metrics
+            request_id=request.request_id,
+            index=done,
+            token_ids=new,
+            finish_reason=reason,
+            metrics=metrics,
+            logprobs=None if sampling.logprobs is None else records(new, sampling.logprobs),
+            prompt_logprobs=records(request.prompt_token_ids[1:], sampling.prompt_logprobs) if wants_prompt else None,
         )
 
     def _error(self, request: GenerationRequest, message: str) -> TokenEvent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 import time
 from typing import Any
 
@@ -15,9 +16,10 @@ from tokenizers import Tokenizer
 
 from nibble.engine.protocol import SamplingParams
 from nibble.service.broker.gateway_calls import MAX_PRIORITY
-from nibble.service.gateway.chat import ChatPlan, ClientContext, to_generation_requests
+from nibble.service.gateway.chat import to_generation_requests
 from nibble.service.gateway.chat_template import ChatTemplate
 from nibble.service.gateway.errors import ApiError, ContextLengthExceeded, InvalidRequest, NotFound
+from nibble.service.gateway.plan import ClientContext, Plan
 from nibble.service.gateway.schema.chat import ChatCompletionRequest
 from nibble.service.gateway.served_model import ServedModel
 
@@ -28,7 +30,7 @@ def parse(**fields: Any) -> ChatCompletionRequest:
     return ChatCompletionRequest.model_validate_json(json.dumps({"model": "small", "messages": MESSAGES, **fields}))
 
 
-def plan(model: ServedModel, client: ClientContext | None = None, /, **fields: Any) -> ChatPlan:
+def plan(model: ServedModel, client: ClientContext | None = None, /, **fields: Any) -> Plan:
     client = client or ClientContext(request_id="chatcmpl-1", arrival_s=5.0)
     return asyncio.run(to_generation_requests(parse(**fields), model, client))
 
@@ -78,6 +80,14 @@ def test_defaults(served_model: ServedModel) -> None:
         ("seed", 7, "seed", 7),
         ("seed", -1, "seed", 2**64 - 1),
         ("seed", 2**64 - 1, "seed", 2**64 - 1),
+        ("frequency_penalty", 0.5, "frequency_penalty", 0.5),
+        ("presence_penalty", -2, "presence_penalty", -2.0),
+        ("repetition_penalty", 1.25, "repetition_penalty", 1.25),
+        ("logit_bias", {"5": 1.5, "7": -99}, "logit_bias", ((5, 1.5), (7, -99.0))),
+        ("logit_bias", {"5": -100}, "logit_bias", ((5, -math.inf),)),
+        ("allowed_token_ids", [5, 7], "allowed_token_ids", (5, 7)),
+        ("logprobs", True, "logprobs", 0),
+        ("logprobs", False, "logprobs", None),
         ("max_tokens", 9, "max_tokens", 9),
         ("max_completion_tokens", 9, "max_tokens", 9),
         ("min_tokens", 4, "min_tokens", 4),
@@ -240,12 +250,6 @@ def test_neutral_values_are_accepted(served_model: ServedModel, fields: dict[str
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("logit_bias", {"5": 1}),
-        ("logprobs", True),
-        ("top_logprobs", 2),
         ("response_format", {"type": "json_object"}),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
@@ -280,12 +284,33 @@ def test_unsupported_field_is_named(served_model: ServedModel, field: str, value
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
         ({"max_tokens": 9, "max_completion_tokens": 8}, "max_tokens"),
         ({"stop_token_ids": [10**6]}, "stop_token_ids"),
+        ({"stop_token_ids": list(range(257))}, "stop_token_ids"),
+        ({"logit_bias": {"1000000": 1}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [5], "logit_bias": {"5": -100}}, "allowed_token_ids"),
+        ({"bad_words": [" "]}, "bad_words"),
+        ({"bad_words": ["the quick brown fox jumps over the lazy dog " * 9]}, "bad_words"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"top_logprobs": 2, "logprobs": False}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
     ],
 )
 def test_what_contradicts_itself_is_refused(served_model: ServedModel, fields: dict[str, Any], param: str) -> None:
     error = refusal(served_model, **fields)
     assert (error.status, error.param) == (400, param)
+
+
+def test_top_logprobs_are_counted(served_model: ServedModel) -> None:
+    assert sampling(served_model, logprobs=True, top_logprobs=20).logprobs == 20
+    assert plan(served_model, logprobs=True, top_logprobs=3).num_logprobs == 3
+
+
+def test_bad_words_are_forbidden_with_and_without_a_space_before(served_model: ServedModel) -> None:
+    words = sampling(served_model, bad_words=["fox"]).bad_words_token_ids
+    assert words[0] == tuple(served_model.encode("fox"))
+    assert {served_model.tokenizer.decode(word).strip() for word in words} == {"fox"}
 
 
 def test_ids_of_a_padded_vocabulary_can_stop(served_model: ServedModel) -> None:
@@ -361,6 +386,9 @@ def test_template_that_refuses_is_a_bad_request(served_model: ServedModel) -> No
 
 
 def test_types_are_strict() -> None:
+    for fields in ({"logprobs": 2}, {"top_logprobs": 21}, {"frequency_penalty": 2.5}, {"logit_bias": {"5": 101}}):
+        with pytest.raises(ValidationError):
+            parse(**fields)
     for fields in ({"temperature": "0.5"}, {"n": 1.5}, {"stream": "true"}, {"n": True}, {"messages": {}}):
         with pytest.raises(ValidationError):
             parse(**fields)

@@ -8,8 +8,10 @@ import pytest
 
 from nibble.service.gateway.completion import ChunkEncoder, Identity
 from nibble.service.gateway.generation import Delta, Usage
+from nibble.service.gateway.shapes import ChatShape
 
 IDENTITY = Identity("chatcmpl-1", 'model "x" \\ ü', 1700000000, "nibble-1-x-cpu", "default")
+SHAPE = ChatShape(lambda token_id: bytes([token_id]))
 USAGE = Usage(prompt_tokens=5, cached_tokens=2, completion_tokens=7)
 
 
@@ -23,7 +25,7 @@ def parse(events: bytes) -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize("text", ["plain", 'quote " and \\', "new\nline\r\n\n", "\u2028 \x00 😀", "@TEXT@", "data: x"])
 def test_any_text_survives(text: str) -> None:
-    encoder = ChunkEncoder(IDENTITY, 1, include_usage=False)
+    encoder = ChunkEncoder(IDENTITY, SHAPE, 1, include_usage=False)
     ((event_id, chunk),) = parse(encoder.delta(Delta(0, text, None, 3)))
     assert event_id == "id: chatcmpl-1:3"
     assert chunk == {
@@ -38,7 +40,7 @@ def test_any_text_survives(text: str) -> None:
 
 
 def test_last_text_and_finish_reason_are_two_chunks() -> None:
-    encoder = ChunkEncoder(IDENTITY, 1, include_usage=True)
+    encoder = ChunkEncoder(IDENTITY, SHAPE, 1, include_usage=True)
     (_, first), (last_id, last) = parse(encoder.delta(Delta(0, "end", "length", 7)))
     assert first["choices"][0]["delta"] == {"content": "end"}  # type: ignore[index]
     assert last["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}  # type: ignore[index]
@@ -51,7 +53,7 @@ def test_last_text_and_finish_reason_are_two_chunks() -> None:
 
 
 def test_positions_of_several_choices() -> None:
-    encoder = ChunkEncoder(IDENTITY, 3, include_usage=False)
+    encoder = ChunkEncoder(IDENTITY, SHAPE, 3, include_usage=False)
     opening = parse(encoder.opening())
     assert [event[1]["choices"][0]["index"] for event in opening] == [0, 1, 2]  # type: ignore[index]
     encoder.delta(Delta(2, "x", None, 4))

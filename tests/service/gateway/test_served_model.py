@@ -13,8 +13,9 @@ from small_models import CHATML, CONTEXT_LENGTH, CORPUS, VOCAB_ROOM, write_model
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer
 
-from nibble.service.gateway.chat import ClientContext, to_generation_requests
+from nibble.service.gateway.chat import to_generation_requests
 from nibble.service.gateway.detokenizer import UnsupportedDecoder
+from nibble.service.gateway.plan import ClientContext
 from nibble.service.gateway.schema.chat import ChatCompletionRequest
 from nibble.service.gateway.served_model import ModelFilesError, ServedModel, load_served_model
 

@@ -1,7 +1,8 @@
 """The body of POST /v1/chat/completions: every field of the OpenAI API and the widely used extras, with their types.
 
-Which of them are honoured is decided in `chat.py` and `unsupported.py`. Types are strict (no "0.5" for 0.5); null means
-absent. Unknown fields are kept, so that they can be reported.
+What it shares with other endpoints is in `sampling.py` beside it. Which fields are honoured is decided in the gateway's
+`chat.py`, `sampling.py` and `field_support.py`. Types are strict (no "0.5" for 0.5); null means absent. Unknown fields
+are kept, so that they can be reported.
 Source: https://platform.openai.com/docs/api-reference/chat/create and the `openai` package's types.
 """
 
@@ -9,24 +10,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-# OpenAI's own range is that of a signed 64-bit integer; the engine's key is unsigned, so both are taken.
-MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
-MAX_CHOICES = 128
-MAX_STOPS = 4
-MAX_STOP_CHARS = 4096  # each choice holds a table as long as its stop strings
-MAX_LOGPROBS = 20
-MAX_PRIORITY = 4000  # with what a service tier adds, within what the queue takes
-
-StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-
-
-class Body(BaseModel):
-    """Base of what comes in as JSON."""
-
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+from nibble.service.gateway.schema.sampling import MAX_LOGPROBS, Body, SamplingBody
 
 
 class ContentPart(Body):
@@ -56,45 +42,17 @@ class Message(Body):
     function_call: dict[str, Any] | None = None
 
 
-class StreamOptions(Body):
-    include_usage: bool | None = None
-
-
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
 
 
-class ChatCompletionRequest(Body):
+class ChatCompletionRequest(SamplingBody):
     messages: Annotated[list[Message], Field(min_length=1)]
-    model: str
-
-    # how tokens are drawn
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)] | None = None
-    frequency_penalty: Penalty | None = None
-    presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    logit_bias: dict[str, float] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-
-    # when to end
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
 
     # what comes back
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    skip_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
@@ -114,13 +72,9 @@ class ChatCompletionRequest(Body):
     prediction: dict[str, Any] | None = None
     moderation: dict[str, Any] | None = None
 
-    # who asks, and how urgently
-    service_tier: Literal["auto", "default", "flex", "scale", "priority", "standard"] | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    user: Annotated[str, Field(max_length=256)] | None = None
+    # who asks
     safety_identifier: Annotated[str, Field(max_length=256)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=256)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None

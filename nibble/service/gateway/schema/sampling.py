@@ -1,0 +1,70 @@
+"""Fields that all endpoints share which generate text: how tokens are drawn, when they end, how they come back."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nibble.engine.protocol import MAX_LOGPROBS as ENGINE_MAX_LOGPROBS
+from nibble.engine.protocol import MAX_PENALTY, MIN_REPETITION_PENALTY
+
+# OpenAI's own range is that of a signed 64-bit integer; the engine's key is unsigned, so both are taken.
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
+MAX_CHOICES = 128
+MAX_STOPS = 4
+MAX_STOP_CHARS = 4096  # each choice holds a table as long as its stop strings
+MAX_LOGPROBS = ENGINE_MAX_LOGPROBS
+MAX_BIAS = 100
+MAX_PRIORITY = 4000  # with what a service tier adds, within what the queue takes
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class Body(BaseModel):
+    """Base of what comes in as JSON."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+
+
+class SamplingBody(Body):
+    model: str
+
+    # how tokens are drawn
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_PENALTY)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]] | None = None
+    allowed_token_ids: list[TokenId] | None = None
+    bad_words: list[StopString] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+
+    # when to end
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: list[TokenId] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+
+    # what comes back
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    skip_special_tokens: bool | None = None
+
+    # who asks, and how urgently
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "standard"] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None

@@ -1,0 +1,29 @@
+"""The body of POST /v1/completions; what it shares with chat is in `sampling.py`.
+
+Source: https://platform.openai.com/docs/api-reference/completions/create.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from nibble.service.gateway.schema.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingBody, TokenId
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+MAX_PROMPTS = MAX_CHOICES
+
+
+class CompletionRequest(SamplingBody):
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    suffix: str | None = None
+    add_special_tokens: bool | None = None

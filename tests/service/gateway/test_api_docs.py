@@ -1,0 +1,26 @@
+"""docs/api.md names every field that the schemas have."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from nibble.service.gateway.schema.chat import ChatCompletionRequest
+from nibble.service.gateway.schema.sampling import SamplingBody
+from nibble.service.gateway.schema.text import CompletionRequest
+
+DOCS = Path(__file__).parents[3] / "docs" / "api.md"
+
+
+@pytest.mark.parametrize(
+    ("title", "model"), [("Both endpoints", SamplingBody), ("Chat", ChatCompletionRequest), ("Text", CompletionRequest)]
+)
+def test_every_field_is_in_its_table(title: str, model: type[SamplingBody]) -> None:
+    section = DOCS.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)", row)}
+    inherited = set() if model is SamplingBody else set(SamplingBody.model_fields)
+    own = set(model.model_fields) - inherited
+    assert own <= named
+    assert named <= set(model.model_fields)
