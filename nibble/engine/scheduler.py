@@ -189,8 +189,13 @@ class Scheduler:
         return self.block_manager.match(self._hashes(sequence))
 
     def _hashes(self, sequence: Sequence) -> list[bytes]:
-        """Of the blocks that a sequence may find: one token at least is left to compute, for its logits."""
-        return sequence.block_hashes((sequence.num_tokens - 1) // BLOCK_SIZE) if self._has_prefix_cache else []
+        """Of the blocks that a sequence may find: one token at least is left to compute, for its logits.
+
+        All of the prompt is, where its log probabilities are still to be sent.
+        """
+        if not self._has_prefix_cache or sequence.prompt_logprobs is not None:
+            return []
+        return sequence.block_hashes((sequence.num_tokens - 1) // BLOCK_SIZE)
 
 
 def _next_chunk(sequence: Sequence, budget: int) -> Chunk:

@@ -180,6 +180,32 @@ def test_prompt_logprobs_come_with_the_first_token_however_the_prompt_was_cut(
         check_records(records_of(first, wanted[name]), prompt[1:], raw, wanted[name])
 
 
+def test_a_prompt_whose_logprobs_are_wanted_is_computed_though_others_had_it(engine: LLMEngine) -> None:
+    prompt = [*range(100)]
+    (first, second) = (
+        run(engine, request(name, prompt, prompt_logprobs=2, max_tokens=1))[0].prompt_logprobs for name in "ab"
+    )
+    assert first == second
+    assert first is not None
+    assert len(first) == 99 * 20
+    (event,) = run(engine, request("c", prompt, repetition_penalty=1.5, max_tokens=1))
+    assert event.metrics is not None
+    assert event.metrics.cached_tokens == 64
+
+
+def test_penalties_count_what_was_found_in_the_prefix_cache(engine: LLMEngine, tiny: Path, kernels: CPUKernels) -> None:
+    prompt = [i % 7 for i in range(150)]
+    params = {"repetition_penalty": 1.6, "frequency_penalty": 0.5, "max_tokens": 40}
+    limits = EngineLimits(8 << 20, max_num_sequences=8, has_prefix_cache=False)
+    alone = LLMEngine.from_checkpoint(tiny, kernels, limits)
+    expected = tokens_of(run(alone, request("a", prompt, **params)))
+    for _ in range(2):
+        events = run(engine, request("a", prompt, **params))
+        assert tokens_of(events) == expected
+    assert events[-1].metrics is not None
+    assert events[-1].metrics.cached_tokens == 128
+
+
 def test_a_resumed_request_sends_no_prompt_logprobs_again(engine: LLMEngine) -> None:
     engine.add(request(prompt_logprobs=1), [4, 5])
     events = []

@@ -101,13 +101,18 @@ class Generation:
             self.interrupted.set_result(error)
 
     def usage(self) -> Usage:
-        """What was generated so far. The prompt counts once, however many choices there are.
+        """What was generated so far. A prompt counts once, however many choices it has.
 
         So does what was found of it in a cache: later choices find what the first one computed.
         """
+        num_choices = len(self.choices) // self.plan.num_prompts
+        prompts = [self.choices[first : first + num_choices] for first in range(0, len(self.choices), num_choices)]
         return Usage(
             prompt_tokens=self.plan.prompt_tokens,
-            cached_tokens=min((choice.metrics.cached_tokens for choice in self.choices if choice.metrics), default=0),
+            cached_tokens=sum(
+                min((choice.metrics.cached_tokens for choice in choices if choice.metrics), default=0)
+                for choices in prompts
+            ),
             completion_tokens=sum(choice.num_tokens for choice in self.choices),
         )
 

@@ -49,6 +49,7 @@ class Plan:
     first_token_by_s: float | None
     requests: tuple[GenerationRequest, ...]
     prompt_tokens: int
+    num_prompts: int  # the choices of one follow each other
     stops: tuple[str, ...]
     include_stop: bool
     skip_special_tokens: bool
@@ -100,6 +101,7 @@ def make_plan(
         first_token_by_s=client.first_token_by_s,
         requests=tuple(requests),
         prompt_tokens=sum(map(len, prompts)),
+        num_prompts=len(prompts),
         stops=(request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,

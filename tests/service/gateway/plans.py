@@ -31,6 +31,7 @@ def make_plan(
         "first_token_by_s": None,
         "requests": requests,
         "prompt_tokens": 3,
+        "num_prompts": 1,
         "stops": stops,
         "include_stop": include_stop,
         "skip_special_tokens": True,
