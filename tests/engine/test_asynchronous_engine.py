@@ -113,7 +113,7 @@ def test_tokens_do_not_depend_on_when_requests_join_leave_or_are_preempted(
     rng = np.random.default_rng(seed)
     kernels = late()
     limits = EngineLimits(
-        kv_cache_bytes=int(rng.integers(6, 10)) * BLOCK_BYTES,
+        kv_cache_bytes=int(rng.integers(6, 8)) * BLOCK_BYTES,
         max_num_sequences=int(rng.integers(6, 21)),
         max_num_batched_tokens=int(rng.integers(21, 200)),
     )
