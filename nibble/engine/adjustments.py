@@ -41,6 +41,7 @@ class Adjustments:
         shape = (NUM_HOST_BUFFERS, num_staged * num_words)
         self._staged_slots = kernels.host_buffer(shape, np.int32)
         self._staged_masks = kernels.host_buffer((NUM_HOST_BUFFERS, max_sequences, num_mask_words), np.int32)
+        self.wants_logprobs = False  # whether a sequence of this step does
         self._turn = 0
         self._num_words = 0  # of this turn's staged slots in use
         self._num_masks = 0
@@ -50,6 +51,7 @@ class Adjustments:
     def begin(self, turn: int) -> None:
         """A step is about to be prepared, with the host buffers of this turn."""
         self._turn, self._num_words, self._num_masks = turn, 0, 0
+        self.wants_logprobs = False
 
     def slot_of(self, sequence: Sequence) -> int:
         """Where the step to be launched finds, and adds to, what it needs of a sequence that samples; -1: nothing."""

@@ -119,7 +119,6 @@ class ModelRunner:
         for compute in passes:
             compute()
         start_to_host = self.kernels.start_to_host
-        wants_logprobs = any(sequence.request.sampling.logprobs is not None for sequence in sequences)
         parts = _prompt_parts(batch)
         num_parts_tokens = sum(part.num_tokens for part in parts)
         step = PendingStep(
@@ -128,7 +127,7 @@ class ModelRunner:
             start_to_host(self._latest),
             self._step_bytes(batch),
             launched_s,
-            start_to_host(self._logprobs) if wants_logprobs else None,
+            start_to_host(self._logprobs) if self._adjustments.wants_logprobs else None,
             start_to_host(self._prompt_logprobs[:num_parts_tokens]) if parts else None,
             parts,
         )

@@ -97,14 +97,14 @@ def cut(buffer: Array, shape: PassShape) -> PassInputs:
 
 def shape_of(chunks: list[Chunk]) -> PassShape:
     """The shape that just holds the chunks."""
-    sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+    special = [chunk for chunk in chunks if not chunk.sequence.is_plain]  # none of hundreds, mostly
     return PassShape(
         num_tokens=sum(chunk.num_tokens for chunk in chunks),
         num_sequences=len(chunks),
         num_blocks=max(len(chunk.sequence.block_table) for chunk in chunks),
-        num_samples=len(sampling),
-        adjusts=not all(sequence.samples_plainly for sequence in sampling),
-        num_prompt_logprobs=sum(len(prompt_targets(chunk)) for chunk in chunks if chunk.sequence.prompt_logprobs),
+        num_samples=sum(chunk.samples for chunk in chunks),
+        adjusts=any(chunk.samples and not chunk.sequence.samples_plainly for chunk in special),
+        num_prompt_logprobs=sum(len(prompt_targets(chunk)) for chunk in special if chunk.sequence.prompt_logprobs),
     )
 
 
@@ -203,6 +203,7 @@ def _fill_sampling(inputs: PassInputs, sequences: list[Sequence]) -> None:
 
 def _fill_adjustments(inputs: PassInputs, sequences: list[Sequence], adjustments: Adjustments) -> None:
     wishes = [sequence.request.sampling.logprobs for sequence in sequences]
+    adjustments.wants_logprobs |= any(wish is not None for wish in wishes)
     rows = slice(0, len(sequences))
     inputs.num_logprobs[rows] = [-1 if wish is None else wish for wish in wishes]
     inputs.adjustment_slots[rows] = [adjustments.slot_of(sequence) for sequence in sequences]

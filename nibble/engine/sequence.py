@@ -45,7 +45,8 @@ class Sequence:
     num_cached_tokens: int | None = None  # of the prompt, found computed when it first started; None before
     _block_hashes: list[bytes] = field(default_factory=list)
     slot_content: SlotContent | None = None  # how its logits are adjusted; None: not at all
-    token_mask: npt.NDArray[np.int32] | None = None  # what may be drawn next, see `SamplingKernels.mask_logits`
+    is_plain: bool = True  # nothing below concerns it: no slot, no mask, no log probabilities, now or later
+    token_mask: npt.NDArray[np.int32] | None = None  # see `set_mask`
     newest_logprobs: bytes | None = None  # record of the newest token that was read
     prompt_logprobs: bytearray | None = None  # records of the prompt, until they are sent
     finish_reason: FinishReason | None = None
@@ -63,6 +64,7 @@ class Sequence:
         """A new sequence, or one that another worker began: generated_token_ids continue its prompt."""
         token_ids = [*request.prompt_token_ids, *generated_token_ids]
         num_prompt_tokens = len(request.prompt_token_ids)
+        sampling, content = request.sampling, slot_content(request.sampling)
         limit = min(num_prompt_tokens + request.sampling.max_tokens, max_context_tokens)
         return cls(
             request=request,
@@ -70,7 +72,8 @@ class Sequence:
             num_prompt_tokens=num_prompt_tokens,
             max_num_tokens=max(limit, len(token_ids) + 1),  # every sequence that starts gets a token
             added_s=now_s,
-            slot_content=slot_content(request.sampling),
+            slot_content=content,
+            is_plain=content is None and sampling.logprobs is None and sampling.prompt_logprobs is None,
             prompt_logprobs=_prompt_records(request, num_generated=len(generated_token_ids)),
         )
 
@@ -104,8 +107,11 @@ class Sequence:
     @property
     def samples_plainly(self) -> bool:
         """Whether its next token needs no slot, no mask and no log probabilities."""
-        is_plain = self.token_mask is None and self.request.sampling.logprobs is None
-        return is_plain and (self.slot_content is None or not self.needs_slot)
+        return self.is_plain or not (self.needs_slot or self.token_mask is not None or self._wants_logprobs)
+
+    def set_mask(self, mask: npt.NDArray[np.int32] | None) -> None:
+        """What may be drawn next, see `SamplingKernels.mask_logits`; it stays until it is set anew."""
+        self.token_mask, self.is_plain = mask, False
 
     @property
     def is_prefilling(self) -> bool:
@@ -131,6 +137,10 @@ class Sequence:
             assert num_blocks * BLOCK_SIZE <= len(self.token_ids), "a block without all its tokens has no name"
             extend_hashes(hashes, num_blocks, self.token_ids, self.num_prompt_tokens, self.request.cache_salt)
         return hashes[:num_blocks]
+
+    @property
+    def _wants_logprobs(self) -> bool:
+        return self.request.sampling.logprobs is not None
 
     def launched(self, num_tokens: int, sample_row: int | None) -> None:
         """A step that computes its next num_tokens tokens was launched; sample_row None: it samples no new one."""
