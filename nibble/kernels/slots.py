@@ -174,7 +174,7 @@ def pack_mask(token_ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.int32
 
 def unpack_mask(mask: npt.NDArray[np.int32], vocab_size: int) -> npt.NDArray[np.bool_]:
     """Whether each token's bit is set, bool (vocab_size,)."""
-    return np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little").astype(np.bool_)
+    return np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)
 
 
 def _aligned(num_words: int) -> int:

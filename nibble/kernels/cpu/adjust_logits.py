@@ -21,6 +21,7 @@ from nibble.kernels.slots import (
 )
 
 Row = npt.NDArray[np.float32]
+MINUS_INFINITY = np.float32(-np.inf)
 
 
 def adjust_logits(logits: npt.NDArray[np.float32], slots: npt.NDArray[np.int32], batch: AdjustmentBatch) -> None:
@@ -50,7 +51,7 @@ def _remember(slot: SlotView, token_id: int, position: int) -> None:
 def _forbid(logits: Row, slot: SlotView, position: int) -> None:
     header = slot.header
     if header[Header.HAS_ALLOWED]:
-        logits[~unpack_mask(slot.allowed, len(logits))] = -np.inf
+        logits[:] = np.where(unpack_mask(slot.allowed, len(logits)), logits, MINUS_INFINITY)
     if position < header[Header.MIN_TOKENS]:
         logits[slot.stop_ids[: header[Header.NUM_STOP_IDS]]] = -np.inf
     start, words = 0, slot.bad_words[: header[Header.NUM_BAD_WORD_WORDS]]
@@ -68,7 +69,7 @@ def _newest(slot: SlotView, position: int, count: int) -> list[int]:
 
 def _penalize(logits: Row, slot: SlotView) -> None:
     repetition, frequency, presence = slot.header_floats[[Header.REPETITION, Header.FREQUENCY, Header.PRESENCE]]
-    seen = np.flatnonzero(slot.counts)
+    seen = np.flatnonzero(slot.counts != 0)  # which is faster for booleans
     x = logits[seen]
     x = np.where(x > 0, x / repetition, x * repetition)
     count = (slot.counts[seen] & MAX_COUNT).astype(np.float32)
