@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from late_kernels import WORKSPACE_BYTES, LateKernels
+from random_params import adjustments, stop_ids
 from tiny_models import make_tiny_llama
 
 from nibble.engine.errors import CapacityError
@@ -63,7 +64,7 @@ def requests(tiny: Path) -> list[Expected]:
             temperature=float(rng.choice([0.0, 0.8, 1.5])),
             top_p=float(rng.choice([0.9, 1.0])),
             seed=int(rng.integers(1 << 63)) * 2 + 1,
-            **({"stop_token_ids": stop_ids(rng)} if i % 3 == 0 else adjustments(rng)),
+            **({"stop_token_ids": stop_ids(rng, VOCAB_SIZE)} if i % 3 == 0 else adjustments(rng, VOCAB_SIZE)),
         )
         prompt = rng.integers(0, VOCAB_SIZE, rng.integers(1, 150)).tolist()
         request = GenerationRequest(
@@ -76,26 +77,6 @@ def requests(tiny: Path) -> list[Expected]:
     kernels.close()
     assert any(tokens[-1] in request.sampling.stop_token_ids for request, tokens, _ in pairs)
     return pairs
-
-
-def stop_ids(rng: np.random.Generator) -> tuple[int, ...]:
-    return tuple(int(token_id) for token_id in rng.integers(0, VOCAB_SIZE, rng.choice([0, 4])))
-
-
-def adjustments(rng: np.random.Generator) -> dict[str, Any]:
-    """One or several of the parameters whose state is on the device."""
-    allowed = tuple(rng.permutation(VOCAB_SIZE)[:40].tolist())
-    choices: list[dict[str, Any]] = [
-        {"frequency_penalty": 0.8, "presence_penalty": -0.3},
-        {"repetition_penalty": 1.4},
-        {"logit_bias": tuple((int(i), 3.0) for i in rng.permutation(VOCAB_SIZE)[:9])},
-        {"allowed_token_ids": allowed},
-        {"bad_words_token_ids": tuple((a, b) for a in allowed[:20] for b in allowed[24:])},
-        {"min_tokens": 40, "stop_token_ids": stop_ids(rng)},
-        {"logprobs": int(rng.integers(21))},
-    ]
-    picked = rng.permutation(len(choices))[: rng.integers(1, 4)]
-    return {name: value for i in picked for name, value in choices[i].items()}
 
 
 def run(engine: LLMEngine) -> list[TokenEvent]:

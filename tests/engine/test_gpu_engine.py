@@ -20,6 +20,7 @@ from model_logits import (
     tiny_logits,
     transformers_logits,
 )
+from random_params import adjustments
 from tiny_models import load_as_transformers
 from transformers import LlamaForCausalLM
 
@@ -170,6 +171,47 @@ def sampled(
         for event in engine.step():
             outputs[int(event.request_id)] += event.token_ids
     return outputs
+
+
+def test_adjusted_tokens_and_their_logprobs_do_not_depend_on_the_batch(engine: LLMEngine, ids: list[int]) -> None:
+    """Alone, and joining one by one with a part of their tokens; a third adjusts nothing."""
+    rng = np.random.default_rng(0)
+    vocab_size = engine.config.vocab_size
+    requests = []
+    for i in range(48):
+        sampling = SamplingParams(
+            max_tokens=int(rng.integers(1, 100)),
+            temperature=float(rng.choice([0.0, 0.8, 1.5])),
+            seed=i,
+            **(adjustments(rng, vocab_size) if i % 3 else {}),
+        )
+        prompt = ids[i : i + 3 + 2 * i]
+        requests.append(
+            GenerationRequest(request_id=str(i), prompt_token_ids=prompt, sampling=sampling, arrival_s=float(i))
+        )
+    outputs: dict[str, tuple[list[int], list[bytes | None]]] = {}
+
+    def step() -> None:
+        for event in engine.step():
+            tokens, logprobs = outputs[event.request_id]
+            tokens += event.token_ids
+            logprobs.append(event.logprobs)
+
+    for request in requests:
+        outputs[request.request_id] = ([], [])
+        engine.add(request)
+        while engine.has_unfinished:
+            step()
+    alone, outputs = outputs, {}
+    for i in rng.permutation(48):
+        tokens, logprobs = alone[str(i)]
+        num_before = int(rng.integers(len(tokens)))
+        outputs[str(i)] = (tokens[:num_before], logprobs[:num_before])
+        engine.add(requests[i], tokens[:num_before])
+        step()
+    while engine.has_unfinished:
+        step()
+    assert outputs == alone
 
 
 def test_a_resumed_request_goes_on_with_the_same_tokens(engine: LLMEngine, ids: list[int]) -> None:
