@@ -6,8 +6,6 @@ them. Activations are C-contiguous float32. What each op computes is documented 
 
 from __future__ import annotations
 
-import os
-import platform
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -39,6 +37,7 @@ from nibble.kernels.cpu import (
     silu_and_mul,
     tile_attention,
 )
+from nibble.kernels.cpu.machine import cpu_model, usable_cpus
 from nibble.kernels.cpu.malloc import keep_freed_memory
 from nibble.kernels.cpu.thread_pool import ThreadPool
 from nibble.kernels.cpu.warm_up import warm_up
@@ -73,7 +72,7 @@ class CPUKernels:
 
     @property
     def device_name(self) -> str:
-        return f"cpu: {_cpu_model()}, {self.num_threads} threads"
+        return f"cpu: {cpu_model()}, {self.num_threads} threads"
 
     def memory_info(self) -> tuple[int, int]:
         with open("/proc/meminfo") as file:
@@ -292,23 +291,3 @@ def _linear_out(x: Array, weight: Int4Weight | Int8Weight, residual: Array | Non
         return np.empty((len(x), weight.out_features), np.float32)
     assert residual.shape == (len(x), weight.out_features), f"residual has shape {residual.shape}"
     return residual
-
-
-def usable_cpus() -> int:
-    """CPUs this process may run on, by affinity and by the cgroup's quota."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-    except (OSError, ValueError):
-        return cpus
-    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = (line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-            return next(names, platform.machine())
-    except OSError:
-        return platform.processor() or platform.machine()
