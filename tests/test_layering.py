@@ -61,10 +61,19 @@ def test_kernels_import_no_other_room() -> None:
     )
 
 
-def test_engine_imports_kernels_alone() -> None:
+def test_engine_imports_kernels_and_grammar_alone() -> None:
+    rooms = ("nibble.engine", "nibble.kernels", "nibble.grammar")
     assert not violations(
         lambda module: is_within(module, "nibble.engine"),
-        lambda name: is_within(name, "nibble") and not is_within(name, "nibble.engine", "nibble.kernels"),
+        lambda name: is_within(name, "nibble") and not is_within(name, *rooms),
+    )
+
+
+def test_grammar_knows_the_engine_by_its_protocol_alone() -> None:
+    rooms = ("nibble.grammar", "nibble.engine.protocol")
+    assert not violations(
+        lambda module: is_within(module, "nibble.grammar"),
+        lambda name: is_within(name, "nibble") and not is_within(name, *rooms),
     )
 
 
@@ -108,6 +117,7 @@ def test_processes_do_not_import_each_other() -> None:
         ("fastapi", ("nibble.service.gateway",)),
         ("starlette", ("nibble.service.gateway",)),
         ("pydantic", ("nibble.service",)),
+        ("llguidance", ("nibble.grammar", "nibble.engine.grammar")),
     ],
 )
 def test_package_is_imported_only_in_its_place(package: str, allowed: tuple[str, ...]) -> None:

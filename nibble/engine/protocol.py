@@ -28,7 +28,8 @@ MIN_REPETITION_PENALTY = 0.01
 class FinishReason(StrEnum):
     """Why a request ended. Every request ends with exactly one of these."""
 
-    STOP = "stop"  # an end-of-sequence or stop token id was generated (it is the last token of the log)
+    # An end-of-sequence or stop token id was generated (it is the last token of the log), or the grammar is complete.
+    STOP = "stop"
     LENGTH = "length"  # max_tokens or the context window was reached
     ABORT = "abort"  # the client went away, or a gateway asked for it (cancel, stop string found)
     ERROR = "error"  # see TokenEvent.error
@@ -134,6 +135,23 @@ def _check_something_is_left(sampling: SamplingParams, vocab_size: int) -> None:
         raise InvalidSampling("allowed_token_ids", f"leave no token to draw, with {others}")
 
 
+class GrammarKind(StrEnum):
+    """How the text of a GrammarSpec is to be read."""
+
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"  # any; the text is empty
+    REGEX = "regex"  # Rust's syntax, of the whole output
+    LARK = "lark"  # llguidance's dialect of Lark
+    CHOICE = "choice"  # a JSON list of strings
+
+
+class GrammarSpec(msgspec.Struct, frozen=True, array_like=True):
+    """What the generated text must be. A gateway has compiled it before a request with it is submitted."""
+
+    kind: GrammarKind
+    text: str = ""
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """One prompt to be continued. Immutable from the moment it is submitted.
 
@@ -150,6 +168,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=Tr
     priority: int = 0
     tenant: str = ""
     cache_salt: str = ""
+    grammar: GrammarSpec | None = None
 
 
 class RequestMetrics(msgspec.Struct, frozen=True, array_like=True, kw_only=True):

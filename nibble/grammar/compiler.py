@@ -1,0 +1,164 @@
+"""Grammars to matchers: which tokens of one tokenizer may come next.
+
+A gateway compiles a grammar to refuse it before anything is queued, a worker compiles it again to enforce it; both do
+it here, with the same tokenizer and the same limits, so that what one takes the other takes. The work is llguidance's
+(https://github.com/guidance-ai/llguidance): an Earley parser over a lexer of derivatives, compiled lazily.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from nibble.engine.protocol import GrammarKind, GrammarSpec
+from nibble.grammar.errors import GrammarError
+from nibble.grammar.json_schema import check_schema
+
+MAX_BYTES = {
+    GrammarKind.JSON_SCHEMA: 128 << 10,
+    GrammarKind.JSON_OBJECT: 0,
+    GrammarKind.REGEX: 8 << 10,  # the time to build an automaton grows with the square
+    GrammarKind.LARK: 32 << 10,
+    GrammarKind.CHOICE: 64 << 10,
+}
+# Between the tokens of JSON: what a writer of compact or of indented JSON puts there. Without a bound a weak model can
+# write blanks until it runs out of tokens.
+WHITESPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,64}"
+NUM_PROBED_TOKENS = 3
+NUM_CACHED = 64  # matchers; one takes some 100 KiB
+_MAX_MESSAGE_CHARS = 400
+_TEMPERATURE = re.compile(r"\[[^\]\n]*\btemperature\s*=")
+
+
+class GrammarCompiler:
+    """Makes matchers of one tokenizer. Safe to share between threads.
+
+    Compile in a thread of `deep_stack_pool`: llguidance descends as deeply as a grammar is nested.
+    """
+
+    def __init__(self, tokenizer_file: Path, vocab_size: int, eos_token_ids: Iterable[int] = ()) -> None:
+        """tokenizer_file: a `tokenizer.json`. vocab_size: the model's, which may be more than the tokenizer's. Nothing
+        is read yet."""
+        self.vocab_size = vocab_size
+        self._tokenizer_file = tokenizer_file
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._limits = LLParserLimits(verbose_errors=False)
+        self._tokenizer: LLTokenizer | None = None
+        self._tokenizer_lock = Lock()
+        self._matchers: OrderedDict[GrammarSpec, LLMatcher] = OrderedDict()  # unused ones
+        self._matchers_lock = Lock()
+
+    @property
+    def tokenizer(self) -> LLTokenizer:
+        """Built when it is first asked for, which takes about a second and holds the GIL. Raises GrammarError."""
+        with self._tokenizer_lock:
+            if self._tokenizer is None:
+                try:
+                    text = self._tokenizer_file.read_text(encoding="utf-8")
+                    self._tokenizer = LLTokenizer(text, self.vocab_size, self._eos_token_ids or None)
+                except (ValueError, OSError) as error:
+                    message = f"text of this model's tokenizer cannot be constrained: {_short(str(error))}"
+                    raise GrammarError(message) from error
+            return self._tokenizer
+
+    def matcher(self, spec: GrammarSpec) -> LLMatcher:
+        """A matcher at the start of its text. Raises GrammarError."""
+        with self._matchers_lock:
+            known = self._matchers.get(spec)
+            if known is not None:
+                self._matchers.move_to_end(spec)
+                return known.deep_copy()
+        matcher = self._compile(spec)
+        with self._matchers_lock:
+            self._matchers[spec] = matcher
+            if len(self._matchers) > NUM_CACHED:
+                self._matchers.popitem(last=False)
+            return matcher.deep_copy()
+
+    def check(self, spec: GrammarSpec) -> None:
+        """Raise GrammarError if the grammar cannot be enforced. Its first tokens are tried too, as grammars compile
+        lazily: some turn out to be too large, or to allow nothing, only then."""
+        matcher = self.matcher(spec)
+        for _ in range(NUM_PROBED_TOKENS):
+            if matcher.is_stopped():
+                break
+            mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
+            text = [token_id for token_id in allowed.tolist() if token_id not in self.tokenizer.eos_tokens]
+            if not text or not matcher.consume_token(text[0]):
+                break
+        if matcher.is_error():
+            raise GrammarError(_message(matcher))
+
+    def _compile(self, spec: GrammarSpec) -> LLMatcher:
+        num_bytes, limit = len(spec.text.encode()), MAX_BYTES[spec.kind]
+        if num_bytes > limit:
+            raise GrammarError(f"it has {num_bytes} bytes, the limit is {limit}")
+        matcher = LLMatcher(self.tokenizer, _grammar(spec), log_level=0, limits=self._limits)
+        if matcher.is_error():
+            raise GrammarError(_message(matcher))
+        if warnings := matcher.get_grammar_warnings():
+            raise GrammarError(_short("; ".join(warnings)))
+        return matcher
+
+
+def _grammar(spec: GrammarSpec) -> str:
+    """As llguidance reads it. Raises GrammarError."""
+    match spec.kind:
+        case GrammarKind.JSON_SCHEMA:
+            return _json_grammar(_read_json(spec.text))
+        case GrammarKind.JSON_OBJECT:
+            return _json_grammar({"type": "object"})
+        case GrammarKind.REGEX:
+            return LLMatcher.grammar_from_regex(spec.text)
+        case GrammarKind.LARK:
+            if match := _TEMPERATURE.search(spec.text):
+                line = spec.text.count("\n", 0, match.start()) + 1
+                raise GrammarError(f"temperature at line {line} cannot be enforced")
+            return LLMatcher.grammar_from_lark(spec.text)
+        case GrammarKind.CHOICE:
+            return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {_alternatives(_read_json(spec.text))}")
+
+
+def _json_grammar(schema: Any) -> str:
+    if not isinstance(schema, dict | bool):
+        raise GrammarError(f"a schema is an object or a boolean, got {type(schema).__name__}")
+    check_schema(schema)
+    grammar = {"json_schema": schema}
+    if isinstance(schema, dict):
+        options = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": WHITESPACE}
+        grammar = {"json_schema": {**schema, "x-guidance": options}}
+    return json.dumps({"grammars": [grammar]})
+
+
+def _alternatives(choices: Any) -> str:
+    if not isinstance(choices, list) or not choices:
+        raise GrammarError("a choice is a list of one string or more")
+    for i, choice in enumerate(choices):
+        if not isinstance(choice, str) or not choice:
+            raise GrammarError(f"choice {i} is not a string of one character or more")
+    return " | ".join(json.dumps(choice) for choice in choices)
+
+
+def _read_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"it is not JSON: {error}") from error
+
+
+def _message(matcher: LLMatcher) -> str:
+    message = matcher.get_error().partition("\n<")[0]  # what follows are states of the parser
+    return "no text fits it" if message.startswith("NoExtension") else _short(message)
+
+
+def _short(message: str) -> str:
+    return message if len(message) <= _MAX_MESSAGE_CHARS else message[:_MAX_MESSAGE_CHARS] + "..."
