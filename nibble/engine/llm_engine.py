@@ -20,6 +20,7 @@ from nibble.engine.batch import Batch
 from nibble.engine.block_manager import BlockManager
 from nibble.engine.checkpoint.native import Checkpoint, load_checkpoint
 from nibble.engine.errors import CapacityError, RequestError
+from nibble.engine.grammar import Constraints, Ending
 from nibble.engine.limits import EngineLimits
 from nibble.engine.memory_plan import make_runner
 from nibble.engine.model import DecoderModel
@@ -29,8 +30,11 @@ from nibble.engine.protocol import FinishReason, GenerationRequest, InvalidSampl
 from nibble.engine.scheduler import Scheduler
 from nibble.engine.sequence import Sequence
 from nibble.engine.service_order import ServiceOrder, aged_priority
+from nibble.grammar.compiler import GrammarCompiler
 from nibble.kernels.interface import Kernels
 from nibble.kernels.layout import BLOCK_SIZE, KVLayout
+
+TOKENIZER_FILE = "tokenizer.json"  # of a checkpoint directory
 
 
 @dataclass
@@ -61,8 +65,11 @@ class LLMEngine:
         limits: EngineLimits,
         now: Callable[[], float] = time.time,
         order: ServiceOrder = aged_priority,
+        constraints: Constraints | None = None,
     ) -> None:
+        """constraints: without them, requests with a grammar are refused."""
         self.config = config
+        self.constraints = constraints
         self.runner = runner
         self.stats = EngineStats()
         self.scheduler = Scheduler(
@@ -82,7 +89,11 @@ class LLMEngine:
     @classmethod
     def from_checkpoint(cls, directory: Path, kernels: Kernels, limits: EngineLimits) -> LLMEngine:
         """Load a native checkpoint directory. Raises CheckpointError, CapacityError."""
-        return cls.load(load_checkpoint(directory), kernels, limits)
+        engine = cls.load(load_checkpoint(directory), kernels, limits)
+        config, tokenizer_file = engine.config, directory / TOKENIZER_FILE
+        if tokenizer_file.exists():
+            engine.constraints = Constraints(GrammarCompiler(tokenizer_file, config.vocab_size, config.eos_token_ids))
+        return engine
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, kernels: Kernels, limits: EngineLimits) -> LLMEngine:
@@ -104,22 +115,26 @@ class LLMEngine:
         sequence = Sequence.start(request, generated_token_ids, self.max_context_tokens, self._now())
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
+        if request.grammar is not None and self.constraints is not None:
+            self.constraints.start(sequence)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its blocks at once, without an event. Unknown ids are ignored."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self.scheduler.remove(sequence)
+            if self.constraints is not None:
+                self.constraints.forget(sequence)
             self._update_gauges()
 
     def step(self) -> list[TokenEvent]:
         """Schedule a step and launch it, then read what is due. Returns at most one event per request."""
-        expired = self._expire()
+        ended = self._expire() + self._release_held()
         batch = self.scheduler.schedule()
         if batch.chunks:
             self._launch(batch)
         is_due = len(self._pending) > (self._max_pending_steps if batch.chunks else 0)
-        return expired + (self._collect() if is_due else [])
+        return ended + (self._collect() if is_due else [])
 
     @property
     def has_unfinished(self) -> bool:
@@ -165,12 +180,17 @@ class LLMEngine:
             check_sampling(request.sampling, self.config.vocab_size)
         except InvalidSampling as error:
             raise RequestError(str(error)) from error
+        if request.grammar is not None and self.constraints is None:
+            raise RequestError("a grammar is asked for, but this model has no tokenizer file")
         if request.request_id in self._sequences:
             raise RequestError(f"request {request.request_id} is already running")
 
     def _launch(self, batch: Batch) -> None:
         now_s = self._now()
         for chunk in batch.chunks:
+            assert not chunk.sequence.is_held, (
+                f"{chunk.sequence.request_id}: its grammar is not known to allow anything"
+            )
             if chunk.sequence.scheduled_s is None:
                 chunk.sequence.scheduled_s = now_s
         self._pending.append(self.runner.launch(batch))
@@ -181,11 +201,14 @@ class LLMEngine:
         sampled = self.runner.collect(step)
         # A sequence may have ended since the launch, and its id may even be another one's by now.
         alive = [pair for pair in sampled if self._sequences.get(pair[0].request_id) is pair[0]]
-        events = [self._update(sequence, token_id) for sequence, token_id in alive]
+        endings = self.constraints.read(alive) if self.constraints is not None else {}
+        events = [self._update(sequence, token_id, endings.get(sequence)) for sequence, token_id in alive]
+        if self.constraints is not None:
+            self.constraints.fill()
         self._record(step, len(alive))
         return events
 
-    def _update(self, sequence: Sequence, token_id: int) -> TokenEvent:
+    def _update(self, sequence: Sequence, token_id: int, ending: Ending | None) -> TokenEvent:
         """Append the sampled token, or end the sequence if its logits were not finite (token_id -1)."""
         if token_id < 0:
             self.stats.num_nonfinite_logits += 1
@@ -194,6 +217,8 @@ class LLMEngine:
             return self._finish(sequence, FinishReason.ERROR, error, [])
         is_first, now_s = sequence.first_token_s is None, self._now()
         sequence.append(token_id, now_s)
+        if ending is not None:
+            return self._finish(sequence, *ending, [token_id])
         if sequence.finish_reason is not None:
             return self._finish(sequence, sequence.finish_reason, None, [token_id])
         logprobs, prompt_logprobs = sequence.take_logprobs()
@@ -205,6 +230,14 @@ class LLMEngine:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
+
+    def _release_held(self) -> list[TokenEvent]:
+        """Let the sequences go on whose masks are there; the events of those whose grammar does not go on."""
+        if self.constraints is None:
+            return []
+        is_idle = not self._pending and all(sequence.is_held for sequence in self._sequences.values())
+        endings = self.constraints.settle(is_idle)
+        return [self._finish(sequence, *ending, []) for sequence, ending in endings.items()]
 
     def _expire(self) -> list[TokenEvent]:
         """End the sequences whose deadline has passed."""

@@ -86,7 +86,7 @@ class Scheduler:
     def _schedule_decode(self, batch: Batch) -> None:
         """One token for every sequence that lacks its newest token alone."""
         # By rank, so that whoever is preempted for want of blocks has no chunk in this step yet.
-        for sequence in [sequence for sequence in self.running if sequence.is_decoding]:
+        for sequence in [sequence for sequence in self.running if sequence.is_decoding and not sequence.is_held]:
             if sequence.block_table and self._make_room(sequence):  # else it was preempted for one before it
                 batch.decode.append(Chunk(sequence, 1, True))
 
@@ -100,6 +100,8 @@ class Scheduler:
         for sequence in merge(begun, self.waiting[:room], key=_by_rank):
             if budget == 0:
                 break
+            if sequence.is_held:
+                continue
             if not sequence.block_table:
                 if is_full or self._waits_for_prefix(sequence):
                     continue
@@ -154,7 +156,7 @@ class Scheduler:
         if not self.waiting or not self.running:
             return
         urgent = self.waiting[0]
-        if self.running[-1].rank < urgent.rank or self._waits_for_prefix(urgent):
+        if urgent.is_held or self.running[-1].rank < urgent.rank or self._waits_for_prefix(urgent):
             return
         lesser = [s for s in self.running if s.rank > urgent.rank and s.request.priority > urgent.request.priority]
         num_blocks = sum(len(sequence.block_table) for sequence in lesser)

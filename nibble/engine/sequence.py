@@ -47,6 +47,7 @@ class Sequence:
     slot_content: SlotContent | None = None  # how its logits are adjusted; None: not at all
     is_plain: bool = True  # nothing below concerns it: no slot, no mask, no log probabilities, now or later
     token_mask: npt.NDArray[np.int32] | None = None  # see `set_mask`
+    is_held: bool = False  # no step may compute it: what may be drawn next is not known yet, see `Constraints`
     newest_logprobs: bytes | None = None  # record of the newest token that was read
     prompt_logprobs: bytearray | None = None  # records of the prompt, until they are sent
     finish_reason: FinishReason | None = None
@@ -148,6 +149,7 @@ class Sequence:
         if sample_row is not None:
             self.num_unread_tokens += 1
             self.sample_row = sample_row
+            self.is_held = self.request.grammar is not None
 
     def append(self, token_id: int, now_s: float) -> None:
         """Read the oldest unread token, and decide whether it was the last."""

@@ -36,6 +36,8 @@ def _serve(settings: WorkerSettings) -> None:
     is_cuda = uses_cuda(settings)
     kernels, limits = make_kernels(settings, is_cuda), engine_limits(settings, is_cuda)
     engine = LLMEngine.from_checkpoint(settings.model_dir, kernels, limits)
+    if engine.constraints is not None:
+        engine.constraints.warm_up()
     kernels.warm_up()
     model_name = settings.model_name or settings.model_dir.resolve().name
     metrics = WorkerMetrics(model_name, kernels.read_bandwidth(), settings.vllm_metric_names)

@@ -1,0 +1,217 @@
+"""Constrained decoding: what the grammar of each sequence allows next, found by the host while the device computes.
+
+The mask for a token needs the token before it. So a sequence with a grammar is held (`Sequence.is_held`) from the
+launch of a step that samples it until that token was read and the mask for the next one is there; meanwhile steps
+compute others. Masks of all sequences that were read together are filled by llguidance's threads, in one call that
+does not hold the GIL.
+
+The state of a grammar is a function of the tokens generated so far: it is made anew from them where a request is
+resumed, and a preempted sequence keeps it. Where text could end, the request's own end tokens are allowed, and only
+there. A grammar that has come to its end ends the request without one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence as SequenceOf
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLExecutor, LLMatcher
+
+from nibble.engine.protocol import FinishReason, GrammarSpec
+from nibble.engine.sequence import Sequence
+from nibble.grammar.compiler import GrammarCompiler
+from nibble.grammar.errors import GrammarError
+from nibble.grammar.threads import deep_stack_pool
+from nibble.kernels.slots import BITS, mask_words
+
+MAX_THREADS = 8  # a mask takes some 40 us, so these do 256 of them in about a millisecond
+PATIENCE_S = 0.005  # that a step waits for masks; sequences whose masks take longer miss it
+IDLE_WAIT_S = 0.1
+_COMPLETE = ("NoExtension", "NoExtensionBias", "EndOfSentence")  # reasons of llguidance to stop
+
+
+class Ending(NamedTuple):
+    """How a sequence ends because of its grammar. error: with ERROR alone."""
+
+    reason: FinishReason
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Constraint:
+    """matcher: a thread that fills masks uses it alone until it is done."""
+
+    matcher: LLMatcher
+    end_ids: list[int]  # that end the request and are no text
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One mask to be filled."""
+
+    sequence: Sequence
+    constraint: _Constraint
+    can_end: bool  # whether its end tokens may be drawn yet
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """mask: of the sequence's next token, or the sequence has an ending."""
+
+    sequence: Sequence
+    constraint: _Constraint | None
+    mask: npt.NDArray[np.int32] | None
+    ending: Ending | None
+
+
+class Constraints:
+    """The grammars of one engine's sequences. One caller at a time; its threads see no sequence, only matchers."""
+
+    def __init__(self, compiler: GrammarCompiler) -> None:
+        self._compiler = compiler
+        self._num_words = mask_words(compiler.vocab_size)
+        self._constraints: dict[Sequence, _Constraint | None] = {}  # None: it is being compiled
+        self._compiling: set[Future[list[_Result]]] = set()
+        self._filling: set[Future[list[_Result]]] = set()
+        self._to_fill: list[_Work] = []
+
+    def warm_up(self) -> None:
+        """Build the tokenizer, so that the first request does not wait for it. Returns at once."""
+        self._compile_pool.submit(lambda: self._compiler.tokenizer)
+
+    def start(self, sequence: Sequence) -> None:
+        """Hold a new sequence until its grammar is compiled and has seen the tokens generated before."""
+        spec = sequence.request.grammar
+        assert spec is not None, "a sequence without a grammar is not constrained"
+        sequence.is_held = True
+        self._constraints[sequence] = None
+        generated = sequence.token_ids[sequence.num_prompt_tokens :]
+        self._compiling.add(self._compile_pool.submit(self._compile, sequence, spec, generated))
+
+    def forget(self, sequence: Sequence) -> None:
+        """It has ended. Others are ignored."""
+        self._constraints.pop(sequence, None)
+
+    def read(self, sampled: SequenceOf[tuple[Sequence, int]]) -> dict[Sequence, Ending]:
+        """Show tokens that were read, before they are appended, to their grammars. Those that come to their end."""
+        pairs = self._constrained(sampled)
+        if not pairs:
+            return {}
+        self._executor.consume_token_par([(constraint.matcher, token_id) for _, constraint, token_id in pairs])
+        endings = {}
+        for sequence, constraint, _ in pairs:
+            if constraint.matcher.is_stopped():
+                endings[sequence] = _ending_of(constraint.matcher)
+            else:
+                can_end = sequence.num_read_tokens + 1 >= sequence.request.sampling.min_tokens
+                self._to_fill.append(_Work(sequence, constraint, can_end))
+        return endings
+
+    def fill(self) -> None:
+        """Begin to fill the masks of those that were read and have not ended."""
+        works = [work for work in self._to_fill if work.sequence in self._constraints]
+        self._to_fill = []
+        if works:
+            self._filling.add(self._mask_pool.submit(self._fill, works))
+
+    def settle(self, is_idle: bool) -> dict[Sequence, Ending]:
+        """Release the sequences whose masks are there; those that have an ending are returned instead.
+
+        Waits for masks for a while, and where there is nothing else to do, is_idle, for grammars as well.
+        """
+        if self._filling:
+            wait(self._filling, PATIENCE_S)
+        if is_idle and (under_way := self._filling | self._compiling):
+            wait(under_way, IDLE_WAIT_S, FIRST_COMPLETED)
+        endings = {}
+        for futures in (self._filling, self._compiling):
+            for future in [future for future in futures if future.done()]:
+                futures.remove(future)
+                for result in future.result():
+                    if result.sequence not in self._constraints:  # it ended meanwhile
+                        continue
+                    if result.ending is not None:
+                        endings[result.sequence] = result.ending
+                    self._constraints[result.sequence] = result.constraint
+                    result.sequence.set_mask(result.mask)
+                    result.sequence.is_held = False
+        return endings
+
+    @cached_property
+    def _compile_pool(self) -> ThreadPoolExecutor:
+        return deep_stack_pool(1, "grammar-compile")
+
+    @cached_property
+    def _mask_pool(self) -> ThreadPoolExecutor:
+        return deep_stack_pool(1, "grammar-mask")
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        return LLExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+
+    def _constrained(self, sampled: SequenceOf[tuple[Sequence, int]]) -> list[tuple[Sequence, _Constraint, int]]:
+        """Tokens that are text: one that ends its request is not the grammar's."""
+        return [
+            (sequence, constraint, token_id)
+            for sequence, token_id in sampled
+            if (constraint := self._constraints.get(sequence)) is not None
+            and token_id >= 0
+            and token_id not in sequence.request.sampling.stop_token_ids
+        ]
+
+    def _compile(self, sequence: Sequence, spec: GrammarSpec, generated: list[int]) -> list[_Result]:
+        """In a thread. The sequence is a mere name there."""
+        try:
+            matcher = self._compiler.matcher(spec)
+            is_special = self._compiler.tokenizer.is_special_token
+        except GrammarError as error:
+            return [_Result(sequence, None, None, Ending(FinishReason.ERROR, f"the grammar is refused: {error}"))]
+        sampling = sequence.request.sampling
+        matcher.consume_tokens(generated)
+        constraint = _Constraint(matcher, [token_id for token_id in sampling.stop_token_ids if is_special(token_id)])
+        return self._fill([_Work(sequence, constraint, len(generated) >= sampling.min_tokens)])
+
+    def _fill(self, works: list[_Work]) -> list[_Result]:
+        """In a thread. The sequences are mere names there."""
+        masks = np.zeros((len(works), self._num_words), np.int32)
+        matchers = [(work.constraint.matcher, i) for i, work in enumerate(works)]
+        self._executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, masks.strides[0], len(works))
+        return [self._result(work, mask) for work, mask in zip(works, masks, strict=True)]
+
+    def _result(self, work: _Work, mask: npt.NDArray[np.int32]) -> _Result:
+        matcher = work.constraint.matcher
+        if matcher.is_stopped():
+            return _Result(work.sequence, work.constraint, None, _ending_of(matcher))
+        is_accepting = matcher.is_accepting()
+        for token_id in self._compiler.tokenizer.eos_tokens:
+            _set(mask, token_id, False)
+        for token_id in work.constraint.end_ids if work.can_end else ():
+            _set(mask, token_id, is_accepting)
+        if mask.any():
+            return _Result(work.sequence, work.constraint, mask, None)
+        error = None if is_accepting else "the grammar allows no token"
+        reason = FinishReason.STOP if is_accepting else FinishReason.ERROR
+        return _Result(work.sequence, work.constraint, None, Ending(reason, error))
+
+
+def _ending_of(matcher: LLMatcher) -> Ending:
+    """Of a matcher that is stopped: its text is complete, or it ran into a limit."""
+    if not matcher.is_error() and matcher.stop_reason() in _COMPLETE:
+        return Ending(FinishReason.STOP)
+    message = matcher.get_error().partition("\n")[0] or matcher.stop_reason()
+    return Ending(FinishReason.ERROR, f"the grammar cannot be followed any further: {message}")
+
+
+def _set(mask: npt.NDArray[np.int32], token_id: int, value: bool) -> None:
+    bits = mask.view(np.uint32)
+    bit = np.uint32(1 << token_id % BITS)
+    if value:
+        bits[token_id // BITS] |= bit
+    else:
+        bits[token_id // BITS] &= ~bit
