@@ -51,6 +51,7 @@ def main() -> int:
         settings = GatewaySettings.from_environment()
         logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         gateway = create_gateway(settings)
+        gateway.model.grammars.warm_up()
         listener = _listen(settings.host, settings.port)
     except (SettingsError, ModelFilesError, UnsupportedDecoder, OSError) as error:
         sys.stderr.write(f"nibble gateway: {error}\n")

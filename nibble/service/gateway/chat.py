@@ -43,6 +43,7 @@ async def to_generation_requests(request: ChatCompletionRequest, model: ServedMo
             ignored=ignored_fields(request),
             users=(request.safety_identifier, request.user, request.prompt_cache_key),
             prompt_field="messages",
+            grammar=await model.grammars.grammar_of(request),
         ),
     )
 

@@ -17,7 +17,6 @@ _MAX_REPORTED = 32  # names in the header; proxies limit the size of headers
 
 # field -> is this (non-null) value neutral
 _REJECTED: Mapping[str, Callable[[Any], bool]] = {
-    "response_format": lambda value: value.type == "text",
     "tools": lambda value: not value,
     "tool_choice": lambda value: value == "none",
     "functions": lambda value: not value,
@@ -55,13 +54,19 @@ def ignored_fields(request: SamplingBody) -> tuple[str, ...]:
     unknown = _set_extras(request.model_extra)
     options = request.stream_options
     nested = [f"stream_options.{name}" for name in _set_extras(options.model_extra)] if options else []
-    return tuple([*known, *unknown, *nested])
+    return tuple([*known, *unknown, *nested, *_ignored_description(request)])
 
 
 def ignored_header(fields: tuple[str, ...]) -> str:
     """The value of x-nibble-ignored; names are the client's and may hold anything, so they are percent-encoded."""
     names = [quote(field[:64]) for field in fields[:_MAX_REPORTED]]
     return ",".join([*names, "..."] if len(fields) > _MAX_REPORTED else names)
+
+
+def _ignored_description(request: SamplingBody) -> list[str]:
+    """A schema's description is meant for the model, whose prompt is made of the messages alone."""
+    schema = request.response_format.json_schema if request.response_format else None
+    return ["response_format.json_schema.description"] if schema and schema.description else []
 
 
 def _known(request: SamplingBody, field: str) -> Any:

@@ -90,6 +90,7 @@ def make_plan(
                 arrival_s=client.arrival_s,
                 deadline_s=client.deadline_s,
                 priority=priority + (request.priority or 0),
+                grammar=wishes.grammar,
                 tenant=f"{client.tenant}:{user}" if client.tenant and user else client.tenant or user,
                 cache_salt=_cache_salt(request, client),
             )

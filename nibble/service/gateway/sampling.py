@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nibble.engine.protocol import InvalidSampling, SamplingParams, check_sampling
+from nibble.engine.protocol import GrammarSpec, InvalidSampling, SamplingParams, check_sampling
 from nibble.service.gateway.errors import ContextLengthExceeded, InvalidRequest
 from nibble.service.gateway.schema.sampling import MAX_BIAS, SamplingBody
 from nibble.service.gateway.served_model import ServedModel
@@ -28,6 +28,7 @@ class Wishes:
     prompt_field: str  # for errors
     echoes: bool = False
     continues_prompt: bool = False
+    grammar: GrammarSpec | None = None
 
 
 def sampling_params(

@@ -14,8 +14,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from nibble.grammar.compiler import GrammarCompiler
 from nibble.service.gateway.chat_template import ChatTemplate
 from nibble.service.gateway.detokenizer import Detokenizer, detokenizer_factory, token_bytes_function
+from nibble.service.gateway.structured_output import GrammarChecker
 
 # A Unicode normal form can make a text at most this many times shorter in UTF-8 (three jamo to one Hangul syllable).
 _MAX_NORMALIZER_SHRINK = 4
@@ -42,6 +44,7 @@ class ServedModel:
     created_s: int
     chat_template: ChatTemplate | None
     tokenizer: Tokenizer
+    grammars: GrammarChecker
     make_detokenizer: Callable[[bool], Detokenizer]
     token_bytes: Callable[[int], bytes]  # what a token stands for by itself
 
@@ -62,15 +65,19 @@ def load_served_model(directory: Path, name: str | None = None) -> ServedModel:
     tokenizer.no_padding()
     special_tokens = _special_tokens(tokenizer_config)
     template = _template_source(tokenizer_config)
+    context_length = _number(config, "max_position_embeddings", directory)
+    vocab_size = _number(config, "vocab_size", directory)
+    eos_token_ids = _eos_token_ids(config, special_tokens, tokenizer)
     return ServedModel(
         name=name or directory.resolve().name,
-        context_length=_number(config, "max_position_embeddings", directory),
-        vocab_size=_number(config, "vocab_size", directory),
-        eos_token_ids=_eos_token_ids(config, special_tokens, tokenizer),
+        context_length=context_length,
+        vocab_size=vocab_size,
+        eos_token_ids=eos_token_ids,
         max_bytes_per_token=_max_bytes_per_token(tokenizer_json),
         created_s=int((directory / "config.json").stat().st_mtime),
         chat_template=ChatTemplate(template, special_tokens) if template else None,
         tokenizer=tokenizer,
+        grammars=GrammarChecker(GrammarCompiler(directory / "tokenizer.json", vocab_size, eos_token_ids)),
         make_detokenizer=detokenizer_factory(tokenizer),
         token_bytes=token_bytes_function(tokenizer),
     )

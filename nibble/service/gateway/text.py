@@ -37,6 +37,7 @@ async def to_text_plan(request: CompletionRequest, model: ServedModel, client: C
         prompt_field="prompt",
         echoes=bool(request.echo),
         continues_prompt=True,
+        grammar=await model.grammars.grammar_of(request),
     )
     return make_plan(request, model, client, prompts, wishes)
 

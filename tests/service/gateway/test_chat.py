@@ -250,8 +250,6 @@ def test_neutral_values_are_accepted(served_model: ServedModel, fields: dict[str
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "auto"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),

@@ -42,10 +42,6 @@ class Message(Body):
     function_call: dict[str, Any] | None = None
 
 
-class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
-
-
 class ChatCompletionRequest(SamplingBody):
     messages: Annotated[list[Message], Field(min_length=1)]
     logprobs: bool | None = None
@@ -53,7 +49,6 @@ class ChatCompletionRequest(SamplingBody):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     # what comes back
-    response_format: ResponseFormat | None = None
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
     reasoning_effort: str | None = None
