@@ -41,7 +41,7 @@ _RESYNC_S = 5.0
 
 
 class WorkerBroker:
-    """One worker's connection. Not thread-safe, but for renew(), which may run in another thread.
+    """One worker's connection. Not thread-safe, but for renew() and give_up(), which may run in another thread.
 
     worker_id names the worker to people; a process that starts with the id of a running one replaces it. The lease
     covers all requests of this worker: exchange at least every lease_s / 3 (idle too), or renew() during a long step.
@@ -95,10 +95,17 @@ class WorkerBroker:
         """Renew the lease; False if it is lost already. May be called from any thread. Raises BrokerUnavailable."""
         return bool(self._call(scripts.RENEW, [self._worker, self._lease_ms]))
 
+    def give_up(self) -> int:
+        """This worker is broken: let others take its requests over at once, as if its lease had expired.
+
+        May be called from any thread. Returns how many requests it held. Raises BrokerUnavailable.
+        """
+        return int(self._call(scripts.HAND_BACK, [self._worker, 1]))
+
     def close(self) -> None:
         """Hand unfinished requests back, so that another worker continues them at once, and deregister."""
         try:
-            num_handed_back = self._call(scripts.HAND_BACK, [self._worker])
+            num_handed_back = self._call(scripts.HAND_BACK, [self._worker, 0])
             logger.info("worker left worker_id=%s handed_back=%d", self._worker_id, num_handed_back)
         except BrokerError as error:
             logger.warning("worker could not hand back, its lease will expire worker_id=%s: %s", self._worker_id, error)

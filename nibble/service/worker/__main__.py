@@ -14,10 +14,12 @@ from nibble.service.broker.errors import BrokerError
 from nibble.service.broker.wire import WorkerInfo
 from nibble.service.broker.worker_side import WorkerBroker
 from nibble.service.settings import SettingsError
-from nibble.service.worker.device import engine_limits, make_kernels, uses_cuda
+from nibble.service.worker.device import engine_limits, make_kernels, step_timeout_s, uses_cuda
+from nibble.service.worker.http import serve_http
 from nibble.service.worker.loop import WorkerLoop
 from nibble.service.worker.metrics import WorkerMetrics
 from nibble.service.worker.settings import WorkerSettings
+from nibble.service.worker.watchdog import StepWatchdog, limit_exit
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +43,13 @@ def _serve(settings: WorkerSettings) -> None:
     kernels.warm_up()
     model_name = settings.model_name or settings.model_dir.resolve().name
     metrics = WorkerMetrics(model_name, kernels.read_bandwidth(), settings.vllm_metric_names)
-    if settings.metrics_port:
-        metrics.serve(settings.metrics_host, settings.metrics_port)
     broker = WorkerBroker(
         settings.redis_url, settings.worker_id, namespace=settings.namespace, lease_s=settings.lease_s
     )
+    timeout_s = step_timeout_s(settings, is_cuda)
+    watchdog = StepWatchdog(broker, timeout_s)
+    if settings.metrics_port:
+        serve_http(settings.metrics_host, settings.metrics_port, metrics.registry, watchdog.health)
     info = WorkerInfo(
         worker_id=settings.worker_id,
         model=model_name,
@@ -58,7 +62,7 @@ def _serve(settings: WorkerSettings) -> None:
         tokens_per_s=0.0,
         max_context_tokens=engine.max_context_tokens,
     )
-    loop = WorkerLoop(engine, broker, metrics, info, idle_wait_s=settings.lease_s / 3)
+    loop = WorkerLoop(engine, broker, metrics, info, settings.lease_s / 3, timeout_s, watchdog)
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda *_: loop.stop())
     logger.info(
@@ -72,8 +76,19 @@ def _serve(settings: WorkerSettings) -> None:
         engine.kv_cache_tokens,
         time.perf_counter() - start_s,
     )
-    loop.run()
+    _run(loop, watchdog)
     logger.info("event=worker_stopped worker_id=%s", settings.worker_id)
+
+
+def _run(loop: WorkerLoop, watchdog: StepWatchdog) -> None:
+    watchdog.start()
+    try:
+        loop.run()
+    except Exception:
+        watchdog.stop()
+        limit_exit()  # to release what a broken device holds may take for ever
+        raise
+    watchdog.stop()
 
 
 if __name__ == "__main__":

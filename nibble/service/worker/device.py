@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 LEAST_CAPABILITY = (8, 0)
 CPU_DEFAULTS = (64, 512)  # sequences, tokens of a step
 CUDA_DEFAULTS = (256, 8192)
+# s; a step takes milliseconds on a GPU, where only a kernel's compilation takes longer. A CPU may need minutes for a
+# large model's full step, and half a minute to compile everything (before the first step, but for rare variants).
+CUDA_STEP_TIMEOUT_S, CPU_STEP_TIMEOUT_S = 60.0, 300.0
 KV_CACHE_SHARE = 0.25  # of the machine's free memory, where kv_cache_bytes is not set on a CPU
 KV_CACHE_MAX_BYTES = 2 << 30  # ... and at most this: more blocks than the sequences can fill are of no use
 
@@ -86,6 +89,11 @@ def engine_limits(settings: WorkerSettings, is_cuda: bool) -> EngineLimits:
         memory_utilization=settings.gpu_memory_utilization,
         has_prefix_cache=settings.prefix_cache,
     )
+
+
+def step_timeout_s(settings: WorkerSettings, is_cuda: bool) -> float:
+    """How long a step may take before it counts as hung."""
+    return settings.step_timeout_s or (CUDA_STEP_TIMEOUT_S if is_cuda else CPU_STEP_TIMEOUT_S)
 
 
 def _free_memory_bytes() -> int:

@@ -1,7 +1,8 @@
 """Keeps the worker's lease while a step takes long: a large prefill on a slow machine is not a lost worker.
 
-The loop's exchange renews the lease at every step. This thread renews it in between, but for MAX_STEP_S after the last
-sign of life at most: the lease of a worker that hangs must expire, so that others take its requests over.
+The loop's exchange renews the lease at every step. This thread renews it in between, but for max_step_s after the last
+sign of life at most: the lease of a worker that hangs must expire, so that others take its requests over. (Where a step
+hangs, `watchdog.py` does not even wait for that.)
 """
 
 from __future__ import annotations
@@ -15,13 +16,11 @@ from nibble.service.broker.worker_side import WorkerBroker
 
 logger = logging.getLogger(__name__)
 
-MAX_STEP_S = 60.0
-
 
 class Heartbeat:
     """Renews the lease of `broker` every interval_s in which `beat` was not called."""
 
-    def __init__(self, broker: WorkerBroker, interval_s: float, max_step_s: float = MAX_STEP_S) -> None:
+    def __init__(self, broker: WorkerBroker, interval_s: float, max_step_s: float) -> None:
         self._broker = broker
         self._interval_s = interval_s
         self._max_step_s = max_step_s

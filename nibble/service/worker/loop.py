@@ -1,12 +1,13 @@
 """The worker's loop: exchange with the broker, step the engine, and again. One round trip per step.
 
 It never sees text and never talks to Redis but through `WorkerBroker`. A request that the engine refuses ends with an
-error event; an exception inside a step is a bug or a broken device: it is raised, the process exits non-zero, and
-other workers take its requests over when their leases expire.
+error event; an exception inside a step is a bug or a broken device: the requests are given up, so that other workers
+take them over at once, and it is raised, so that the process exits non-zero.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -14,15 +15,17 @@ from typing import Literal, Protocol
 from nibble.engine.errors import RequestError
 from nibble.engine.llm_engine import EngineStats
 from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
-from nibble.service.broker.errors import BrokerUnavailable
+from nibble.service.broker.errors import BrokerError, BrokerUnavailable
 from nibble.service.broker.wire import Assignment, WorkerInfo
 from nibble.service.broker.worker_side import WorkerBroker
 from nibble.service.worker.heartbeat import Heartbeat
 from nibble.service.worker.metrics import WorkerMetrics
+from nibble.service.worker.watchdog import StepWatchdog
 
 logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.5  # pause between attempts while the broker is away; the engine rests meanwhile
+MAX_STEP_S = 60.0  # the lease is kept so long through one turn of the loop, where nobody says otherwise
 
 
 class Engine(Protocol):
@@ -43,15 +46,26 @@ class WorkerLoop:
     """Drives one engine for one broker until `stop` is called."""
 
     def __init__(
-        self, engine: Engine, broker: WorkerBroker, metrics: WorkerMetrics, info: WorkerInfo, idle_wait_s: float
+        self,
+        engine: Engine,
+        broker: WorkerBroker,
+        metrics: WorkerMetrics,
+        info: WorkerInfo,
+        idle_wait_s: float,
+        max_step_s: float = MAX_STEP_S,
+        watchdog: StepWatchdog | None = None,
     ) -> None:
-        """idle_wait_s: at most a third of the broker's lease, which the loop renews at least that often."""
+        """idle_wait_s: at most a third of the broker's lease, which the loop renews at least that often.
+
+        watchdog: is told of each step; whoever made it starts and stops it.
+        """
         self.engine = engine
         self.broker = broker
         self.metrics = metrics
         self._info = info
         self._idle_wait_s = idle_wait_s
-        self._heartbeat = Heartbeat(broker, idle_wait_s)
+        self._heartbeat = Heartbeat(broker, idle_wait_s, max_step_s)
+        self._step_guard = watchdog or contextlib.nullcontext()
         self._stopping = False
         self._events: list[TokenEvent] = []  # not yet taken by the broker
 
@@ -62,15 +76,18 @@ class WorkerLoop:
     def run(self) -> None:
         """Serve until stopped, then hand unfinished requests back.
 
-        After an exception they are not handed back: a hand-back does not count as a lost worker, and a request that
-        breaks every worker would go round for ever instead of being given up.
+        After an exception they are given up, which counts as a lost worker: a request that breaks every worker would
+        otherwise go round for ever.
         """
         self._heartbeat.start()
         try:
             while not self._stopping:
                 self.run_once()
-        finally:
+        except Exception as error:
             self._heartbeat.stop()
+            self._give_up(error)
+            raise
+        self._heartbeat.stop()
         self._exchange(capacity=0, state="draining")
         self.broker.close()
 
@@ -79,10 +96,19 @@ class WorkerLoop:
         if not self._exchange(self.engine.capacity, "ready"):
             self.broker.wait(RECONNECT_S)
         elif self.engine.has_unfinished:
-            self._events += self.engine.step()
+            with self._step_guard:
+                events = self.engine.step()
+            self._events += events
             self.metrics.observe_step(self.engine.stats)
         elif not self._events:
             self.broker.wait(self._idle_wait_s)
+
+    def _give_up(self, cause: Exception) -> None:
+        logger.critical("event=worker_failed error=%r", cause)
+        try:
+            logger.critical("event=gave_up num_requests=%d", self.broker.give_up())
+        except BrokerError as error:
+            logger.critical("event=give_up_failed error=%r: the lease will expire", str(error))
 
     def _exchange(self, capacity: int, state: Literal["ready", "draining"]) -> bool:
         """Hand over events and take requests. False: the broker is away and the events are kept."""

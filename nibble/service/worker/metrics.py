@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import start_http_server
 
 from nibble.engine.llm_engine import EngineStats
 from nibble.engine.protocol import RequestMetrics
@@ -53,10 +52,6 @@ class WorkerMetrics:
             self._queue.append(
                 self._histogram("vllm:request_queue_time_seconds", "As nibble_request_queue_seconds", _QUEUE_BUCKETS)
             )
-
-    def serve(self, host: str, port: int) -> None:
-        """Answer GET /metrics in a background thread. Raises OSError where the port is taken."""
-        start_http_server(port, host, self.registry)
 
     def observe_step(self, stats: EngineStats) -> None:
         """Take over the engine's numbers after a step, or while idle."""

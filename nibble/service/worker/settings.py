@@ -21,7 +21,8 @@ class WorkerSettings(ProcessSettings):
 
     kv_cache_bytes takes units (`2GiB`); without it the KV cache gets a share of the free memory, on a GPU all that is
     left of gpu_memory_utilization, the share of its memory that may be in use. What max_num_sequences and
-    max_num_batched_tokens are by default depends on the device. metrics_port 0 turns the metrics endpoint off.
+    max_num_batched_tokens are by default depends on the device, and so does step_timeout_s: a step that takes longer
+    hangs, and the worker ends. metrics_port 0 turns the endpoint of metrics and health off.
     """
 
     model_dir: Path
@@ -37,6 +38,7 @@ class WorkerSettings(ProcessSettings):
     kv_dtype: Literal["int8", "fp16"] = "int8"
     prefix_cache: bool = True
     lease_s: Annotated[float, Field(gt=0)] = 10.0
+    step_timeout_s: Annotated[float, Field(gt=0)] | None = None
     metrics_host: str = "127.0.0.1"
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 8001
     vllm_metric_names: bool = True

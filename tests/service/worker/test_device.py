@@ -47,6 +47,12 @@ def test_what_is_set_comes_before_the_defaults_and_every_sequence_fits_into_a_st
     assert limits.kv_cache_bytes == 1 << 30
 
 
+def test_a_step_may_take_longer_on_a_cpu() -> None:
+    assert device.step_timeout_s(settings(), is_cuda=True) == 60
+    assert device.step_timeout_s(settings(), is_cuda=False) == 300
+    assert device.step_timeout_s(settings(step_timeout_s=7.5), is_cuda=False) == 7.5
+
+
 def test_a_worker_imports_no_backend_before_it_knows_its_device() -> None:
     code = (
         "import sys, nibble.service.worker.__main__ as m; from nibble.service.worker import device; "
