@@ -35,7 +35,10 @@ from nibble.service.worker.metrics import WorkerMetrics
 
 POISON = "~"  # a token of its own: no text that the tokenizer was trained on has it
 NUM_BLOCKS = 16
-ERROR = "500 server_error generation_failed: Error code: 500 - the model's logits were not finite"
+ERROR = (
+    "500 server_error generation_failed: Error code: 500 - "
+    "no token could be drawn: the model's logits were not finite, or all tokens were forbidden"
+)
 QUESTIONS = [f"The quick brown fox number {i} jumps over the lazy dog. " * (1 + i % 3) for i in range(6)]
 
 
