@@ -106,6 +106,10 @@ class LLMEngine:
             raise CapacityError(f"the weights do not fit into the device's memory: {error}") from error
         return cls(make_runner(kernels, model, limits), config, limits)
 
+    def check(self, request: GenerationRequest) -> None:
+        """Raises RequestError if it can never run here."""
+        self._check(request, 0)
+
     def add(self, request: GenerationRequest, generated_token_ids: TokenSequence[int] = ()) -> None:
         """Queue a request; generated_token_ids are what another worker already generated for it.
 
