@@ -91,6 +91,13 @@ def test_only_the_worker_names_a_kernels_backend() -> None:
     )
 
 
+def test_no_room_imports_what_people_start_with() -> None:
+    assert not violations(
+        lambda module: is_within(module, "nibble.kernels", "nibble.engine", "nibble.service"),
+        lambda name: is_within(name, "nibble.llm", "nibble.chat", "nibble.cli"),
+    )
+
+
 def test_processes_do_not_import_each_other() -> None:
     for process, others in (
         ("gateway", ("worker", "launcher")),
