@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from late_kernels import LateKernels
+from llguidance import LLMatcher
 from tiny_models import make_tiny_llama
 from tiny_tokenizer import EOS, write_tiny_tokenizer
 from tokenizers import Tokenizer
@@ -280,6 +282,41 @@ def test_a_grammar_that_was_not_checked_fails_its_request_alone(engine: LLMEngin
     assert "unclosed group" in str(outputs["bad"].error)
     assert outputs["special"].error == "the grammar allows no token"
     assert outputs["good"].error is None
+
+
+class GatedCompiler(GrammarCompiler):
+    """Makes no matcher before it is let."""
+
+    gate = threading.Event()
+
+    def matcher(self, spec: GrammarSpec) -> LLMatcher:
+        assert self.gate.wait(30)
+        return super().matcher(spec)
+
+
+def test_a_grammar_that_takes_its_time_holds_up_nobody_else(tiny: Path) -> None:
+    kernels = LateKernels(num_threads=1)
+    engine = LLMEngine.from_checkpoint(tiny, kernels, EngineLimits(PLENTY, max_num_sequences=2))
+    compiler = GatedCompiler(tiny / "tokenizer.json", VOCAB_SIZE, [EOS])
+    engine.constraints = Constraints(compiler)
+    engine.add(request("slow", GRAMMARS["regex"]))
+    assert len(run_until(engine, request("free", None, max_tokens=20), "free").tokens) == 20
+    assert engine.step() == []
+    compiler.gate.set()
+    while engine.has_unfinished:
+        engine.step()
+    kernels.close()
+
+
+def run_until(engine: LLMEngine, item: GenerationRequest, request_id: str) -> Output:
+    engine.add(item)
+    tokens: list[int] = []
+    while True:
+        for event in engine.step():
+            assert event.request_id == request_id
+            tokens += event.token_ids
+            if event.finish_reason is not None:
+                return Output(tokens, event.finish_reason, event.error)
 
 
 def test_an_aborted_request_leaves_nothing(engine: LLMEngine) -> None:
