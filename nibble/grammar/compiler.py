@@ -20,7 +20,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from nibble.engine.protocol import GrammarKind, GrammarSpec
 from nibble.grammar.errors import GrammarError
-from nibble.grammar.json_schema import check_schema
+from nibble.grammar.json_schema import prepare_schema
 
 MAX_BYTES = {
     GrammarKind.JSON_SCHEMA: 128 << 10,
@@ -131,7 +131,7 @@ def _grammar(spec: GrammarSpec) -> str:
 def _json_grammar(schema: Any) -> str:
     if not isinstance(schema, dict | bool):
         raise GrammarError(f"a schema is an object or a boolean, got {type(schema).__name__}")
-    check_schema(schema)
+    prepare_schema(schema)
     grammar = {"json_schema": schema}
     if isinstance(schema, dict):
         options = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": WHITESPACE}

@@ -48,14 +48,28 @@ _NOT_ENFORCED = frozenset(
         "x-guidance",
     }
 )
+# Values of those with which they forbid nothing: the keyword is taken out. (Generators of schemas write them.)
+_FORBID_NOTHING: dict[str, Any] = {
+    "uniqueItems": False,
+    "not": False,
+    "propertyNames": True,
+    "unevaluatedItems": True,
+    "unevaluatedProperties": True,
+    "dependencies": {},
+    "dependentRequired": {},
+    "dependentSchemas": {},
+}
 _MAPS_OF_SCHEMAS = ("properties", "patternProperties")
 _SCHEMAS = ("items", "additionalItems", "additionalProperties")
 _LISTS_OF_SCHEMAS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NUMBERS = ("const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
-def check_schema(schema: Any) -> None:
-    """Raise GrammarError for the first thing that would not be enforced; it is named with its place."""
+def prepare_schema(schema: Any) -> None:
+    """Take keywords that forbid nothing out of a schema, in place.
+
+    Raises GrammarError for the first thing that would not be enforced; it is named with its place.
+    """
     levels = 0
     seen = {"#"}
     roots = [("#", schema)]
@@ -68,8 +82,11 @@ def check_schema(schema: Any) -> None:
             deepest = max(deepest, level)
             if levels + deepest > MAX_LEVELS:
                 raise GrammarError(f"the schema is nested more than {MAX_LEVELS} levels deep, at {path}")
-            if not isinstance(node, Mapping):
+            if not isinstance(node, dict):
                 continue
+            for keyword, value in _FORBID_NOTHING.items():
+                if keyword in node and node[keyword] == value and type(node[keyword]) is type(value):
+                    del node[keyword]
             _check_keywords(path, node)
             pending += [(child_path, child, level + 1) for child_path, child in _children(path, node)]
             for target_path, target in _resolve(schema, node.get("$ref")):

@@ -16,7 +16,7 @@ from walk import validator, walk
 from nibble.engine.protocol import GrammarKind, GrammarSpec
 from nibble.grammar.compiler import GrammarCompiler
 from nibble.grammar.errors import GrammarError
-from nibble.grammar.json_schema import MAX_LEVELS, check_schema
+from nibble.grammar.json_schema import MAX_LEVELS, prepare_schema
 
 ROOT = Path(__file__).parents[2]
 Schema = dict[str, Any]
@@ -192,15 +192,33 @@ def test_words_that_are_no_keywords_are_no_reason_to_refuse(compiler: GrammarCom
     compiler.check(spec_of(schema))
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": {"type": "integer", "not": False}, "uniqueItems": False},
+        {"type": "object", "propertyNames": True, "unevaluatedProperties": True, "dependentRequired": {}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"type": "array", "uniqueItems": False, "unevaluatedItems": True}}},
+    ],
+)
+def test_keywords_that_forbid_nothing_are_no_reason_to_refuse(compiler: GrammarCompiler, schema: Any) -> None:
+    compiler.check(spec_of(schema))
+
+
+def test_a_value_that_only_looks_like_one_that_forbids_nothing_is_refused(compiler: GrammarCompiler) -> None:
+    for schema in ({"type": "array", "uniqueItems": 0}, {"type": "object", "propertyNames": {}}):
+        with pytest.raises(GrammarError, match="cannot be enforced"):
+            compiler.check(spec_of(schema))
+
+
 def chain(num_levels: int, wrap: str = "items") -> Schema:
     definitions: Schema = {f"a{i}": {wrap: {"$ref": f"#/$defs/a{i + 1}"}} for i in range(num_levels)}
     return {"$ref": "#/$defs/a0", "$defs": {**definitions, f"a{num_levels}": {"type": "integer"}}}
 
 
 def test_a_chain_of_references_counts_as_nesting() -> None:
-    check_schema(chain(MAX_LEVELS // 2 - 2))
+    prepare_schema(chain(MAX_LEVELS // 2 - 2))
     with pytest.raises(GrammarError, match="nested more than 1024 levels deep, at #/"):
-        check_schema(chain(MAX_LEVELS))
+        prepare_schema(chain(MAX_LEVELS))
 
 
 @pytest.mark.parametrize("wrap", ["items", "additionalProperties"])
