@@ -71,13 +71,15 @@ def _examples(plan: Plan, model: Model) -> list[str]:
     curl = [
         f"  curl {url}/chat/completions -H 'Content-Type: application/json' \\",
         authorization,
-        f"""    -d '{{"model": "{model.name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'""",
+        # A limit, as a small model at temperature 1 may not find an end for minutes
+        f"""    -d '{{"model": "{model.name}", "max_tokens": 100, """
+        '"messages": [{"role": "user", "content": "Hello!"}]}\'',
     ]
     python = [
         "  from openai import OpenAI",
         f'  client = OpenAI(base_url="{url}", api_key="{key}")',
         f'  answer = client.chat.completions.create(model="{model.name}",',
-        '      messages=[{"role": "user", "content": "Hello!"}])',
+        '      messages=[{"role": "user", "content": "Hello!"}], max_tokens=100)',
         "  print(answer.choices[0].message.content)",
     ]
     chat = f"  {_command()} chat --url {plan.address.url}"
