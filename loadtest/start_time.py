@@ -70,7 +70,8 @@ def start(directory: Path, model: str, began_s: float) -> StartTime:
         stages.end("weights")
         warm_up()
 
-    kernels.warm_up = weights_are_there  # type: ignore[method-assign]
+    # Stages end inside of from_checkpoint, which shows no others its progress: its own calls are timed.
+    kernels.warm_up = weights_are_there  # type: ignore[method-assign]  # as the comment above says, and the next two
     kernels.fit_workspace = stages.ending("workspace", kernels.fit_workspace)  # type: ignore[method-assign]
     ModelRunner.capture = stages.ending("graphs", ModelRunner.capture)  # type: ignore[method-assign]
     engine = LLMEngine.from_checkpoint(directory, kernels, EngineLimits(None, 256, 8192))

@@ -42,10 +42,10 @@ def test_texts_are_those_of_the_service(
         for question in QUESTIONS:
             choice = client.chat.completions.create(messages=[{"role": "user", "content": question}], **given).choices[
                 0
-            ]  # type: ignore[call-overload]
+            ]  # type: ignore[call-overload]  # options of both clients in one dict
             chats.append((choice.message.content, choice.finish_reason))
         for beginning in BEGINNINGS:
-            choice = client.completions.create(prompt=beginning, **given).choices[0]  # type: ignore[call-overload]
+            choice = client.completions.create(prompt=beginning, **given).choices[0]  # type: ignore[call-overload]  # as above
             texts.append((choice.text, choice.finish_reason))
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
     assert results(llm.chat(conversations, greedy(), stop=stop or ())) == chats

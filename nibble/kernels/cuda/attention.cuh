@@ -85,9 +85,6 @@ DEVICE void wait_barrier(uint32 barrier, int parity) {
 #undef WAIT
 }
 
-// Orders this thread's accesses to device memory before and after it (acquire and release; __threadfence() costs more)
-DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-
 // 2^x; 0 at -inf, NaN at NaN
 DEVICE float exp2_fast(float x) {
     float y;

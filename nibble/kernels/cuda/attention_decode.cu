@@ -36,7 +36,7 @@
 // batch.
 //
 // Bytes moved: per token and kv head 2 D + 8 (INT8) or 4 D (fp16); the sums of rows that are cut stay in L2.
-// INT8, D = 128, of the 3.02 TB/s that an H100 80GB HBM3 reads: 53 to 69 % for 43 to 280 MB (docs/performance.md).
+// INT8, D = 128, of the 3.02 TB/s that an H100 80GB HBM3 reads: 53 to 69 % for 87 to 346 MB (docs/performance.md).
 #include "attention_decode_copy.cuh"
 #include "attention_decode_results.cuh"
 #include "attention_decode_state.cuh"

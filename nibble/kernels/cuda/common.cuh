@@ -35,6 +35,11 @@ DEVICE void grid_launch_dependents() {
 #endif
 }
 
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+// Orders this thread's accesses to device memory before and after it (acquire and release; __threadfence() costs more)
+DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // ---- fp16 -----------------------------------------------------------------------------------------------------------
 
 DEVICE uint16 float_to_half(float x) {

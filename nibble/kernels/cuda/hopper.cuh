@@ -43,9 +43,6 @@ DEVICE void wait_barrier(uint32 barrier, int parity) {
         : "memory");
 }
 
-// Orders this thread's accesses to device memory before and after it (acquire and release; __threadfence() costs more)
-DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-
 DEVICE uint32 load_shared(uint32 shared) {
     uint32 value;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(shared) : "memory");
@@ -198,14 +195,10 @@ DEVICE uint64 panel_descriptor(uint32 shared) {
 #define D_16 D_8 ",%4,%5,%6,%7"
 #define D_32 D_16 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define D_64 D_32 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define D_128                                                                                                          \
-    D_64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
-         "%59,%60,%61,%62,%63"
 #define S_8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define S_16(i) S_8(i), S_8(i + 4)
 #define S_32(i) S_16(i), S_16(i + 8)
 #define S_64(i) S_32(i), S_32(i + 16)
-#define S_128(i) S_64(i), S_64(i + 32)
 
 // d += a * B
 #define MULTIPLY(N, A, B)                                                                                              \
@@ -216,11 +209,8 @@ DEVICE uint64 panel_descriptor(uint32 shared) {
             : S_##N(0)                                                                                                 \
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                     \
     }
-MULTIPLY(8, "%4,%5,%6,%7", "%8")
-MULTIPLY(16, "%8,%9,%10,%11", "%12")
 MULTIPLY(32, "%16,%17,%18,%19", "%20")
 MULTIPLY(64, "%32,%33,%34,%35", "%36")
-MULTIPLY(128, "%64,%65,%66,%67", "%68")
 #undef MULTIPLY
 
 #endif
