@@ -45,9 +45,11 @@ def _poisoned_temporaries(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     kernels: CUDAKernels = request.getfixturevalue("kernels")
+    cupy = pytest.importorskip("cupy")
     with kernels.temporaries():
         kernels.device.arena.poison(64 << 20)
         yield
+        assert cupy.cuda.get_current_stream() == kernels.device.stream, "the backend's stream is no longer current"
         kernels.device.stream.synchronize()  # an error of a kernel belongs to its test
 
 

@@ -229,6 +229,8 @@ def small_ops(s: Sanitized) -> None:
         s.check(s.kernels.gather_rows(s.normal((5, size), dtype), rows))
     for size, group_size in ((96, 32), (4112, 16)):
         s.check(s.kernels.embedding(rows, s.int8_weight(5, size, group_size)))
+    for columns in (33, 4100):
+        s.kernels.copy_rows(s.normal((3, columns), np.float32), s.array([1, 0, 1], np.int32))
     for tokens, columns in ((1, 16), (9, 192)):
         s.check(s.kernels.silu_and_mul(s.normal((tokens, columns))))
     latest = s.array([3, 5, -1], np.int32)

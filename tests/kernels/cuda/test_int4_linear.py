@@ -288,10 +288,13 @@ def test_two_streams_do_not_disturb_each_other(kernels: CUDAKernels, rng: np.ran
     expected = [kernels.to_host(kernels.int4_linear(x, weight, mode=Mode.DECODE)) for x in xs]
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
     outs: list[list[Any]] = [[], []]
-    for _ in range(50):
-        for i, stream in enumerate(streams):
-            with stream:
+    try:
+        for _ in range(50):
+            for i, stream in enumerate(streams):
+                stream.use()
                 outs[i].append(_own_memory(kernels, xs[i], weight))
+    finally:
+        kernels.device.stream.use()
     for stream in streams:
         stream.synchronize()
     for i in range(2):
