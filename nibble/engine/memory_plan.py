@@ -1,9 +1,10 @@
 """How a device's memory is shared out, once, at start: weights, workspace, buffers, graphs, and the rest to KV blocks.
 
-Nothing is estimated. The workspace is what passes of every shape that a step can have were seen to use; buffers and
-graphs are captured for real, over a KV cache of one block, to see what they take. After that no step allocates
-anything. A synchronous backend works in the machine's memory, which is not the engine's alone: there the size of the
-KV cache is given, and nothing is captured.
+The workspace is what passes of every shape that a step can have were seen to use; buffers are what they take with a KV
+cache of one block. The largest graphs are captured over that to see what they take, and the others get as much: to
+capture all of them twice would be a tenth of a start. After that no step allocates anything. A synchronous backend
+works in the machine's memory, which is not the engine's alone: there the size of the KV cache is given, and nothing is
+captured.
 """
 
 from __future__ import annotations
@@ -81,11 +82,8 @@ def _plan(kernels: Kernels, model: DecoderModel, limits: EngineLimits, make: par
     kernels.warm_up()
     workspace_bytes = kernels.fit_workspace(partial(_compute_every_shape, kernels, model, limits))
     free_bytes, total_bytes = kernels.memory_info()
-    trial = make(num_blocks=0)
-    trial.capture()
-    graph_bytes = free_bytes - kernels.memory_info()[0]
-    del trial
-    gc.collect()  # what is captured may refer to the runner that holds it
+    graph_bytes = _buffer_and_graph_bytes(kernels, make, free_bytes)
+    gc.collect()  # what was captured may refer to the runner that holds it
     num_blocks = _fit_kv_cache(total_bytes, total_bytes - free_bytes + graph_bytes, model, limits)
     runner = make(num_blocks=num_blocks)
     runner.capture()
@@ -100,6 +98,15 @@ def _plan(kernels: Kernels, model: DecoderModel, limits: EngineLimits, make: par
         num_blocks=num_blocks,
     ).log()
     return runner
+
+
+def _buffer_and_graph_bytes(kernels: Kernels, make: partial[ModelRunner], free_bytes: int) -> int:
+    """At most so many, of a runner without a KV cache."""
+    trial = make(num_blocks=0)
+    buffer_bytes = free_bytes - kernels.memory_info()[0]
+    largest = trial.capture_largest()
+    largest_bytes = free_bytes - buffer_bytes - kernels.memory_info()[0]
+    return buffer_bytes + largest_bytes * trial.num_graphs // len(largest)
 
 
 def _fit_kv_cache(total_bytes: int, used_bytes: int, model: DecoderModel, limits: EngineLimits) -> int:

@@ -100,6 +100,15 @@ class ModelRunner:
         for adjusts in (False, True):
             self._captured[adjusts] = [self._capture_pass(num_rows, adjusts) for num_rows in self._buckets]
 
+    def capture_largest(self) -> list[CapturedPass]:
+        """One graph of each kind, for as many rows as there can be: none takes more memory."""
+        return [self._capture_pass(self._buckets[-1], adjusts) for adjusts in (False, True)]
+
+    @property
+    def num_graphs(self) -> int:
+        """That `capture` makes."""
+        return 2 * len(self._buckets)
+
     def launch(self, batch: Batch) -> PendingStep:
         """Start to compute a batch, behind those that were started before."""
         launched_s = time.perf_counter()
