@@ -14,6 +14,7 @@ from nibble.engine.sequence import Sequence
 
 DECODE_STEPS = 24
 WARM_UP_STEPS = 4
+GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,14 +49,15 @@ class Bench:
         self._rng = np.random.default_rng(seed)
         self._num_requests = 0
 
-    def add(self, num_prompt_tokens: int, max_tokens: int) -> str:
+    def add(self, num_prompt_tokens: int, max_tokens: int, sampling: SamplingParams = GREEDY) -> str:
+        """sampling: whose max_tokens does not count."""
         self._num_requests += 1
         prompt = self._rng.integers(0, self.engine.config.vocab_size, num_prompt_tokens).tolist()
         self.engine.add(
             GenerationRequest(
                 request_id=f"{self._num_requests:08d}",
                 prompt_token_ids=prompt,
-                sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0),
+                sampling=msgspec.structs.replace(sampling, max_tokens=max_tokens),
                 arrival_s=float(self._num_requests),
             )
         )
@@ -104,17 +106,13 @@ class Bench:
         return Prefill(tokens=tokens, seconds=seconds, tokens_per_s=tokens / seconds)
 
     def decode(self, batch: int, context: int, read_bandwidth: float) -> Decode:
-        ids = [self.add(context - 1, WARM_UP_STEPS + DECODE_STEPS + 8) for _ in range(batch)]
-        for sequence in list(self.engine.scheduler.waiting):
-            self._pretend_prefilled(sequence)
+        ids = self.start_decoding(batch, context, WARM_UP_STEPS + DECODE_STEPS + 8)
         times = []
         for _ in range(WARM_UP_STEPS + DECODE_STEPS):
             self.engine.step()
             times.append(time.perf_counter())
         step_bytes = self.engine.stats.step_bytes
-        for request_id in ids:
-            self.engine.abort(request_id)
-        self.engine.step()
+        self.abort(ids)
         step_s = float(statistics.median(np.diff(times[WARM_UP_STEPS - 1 :])))
         return Decode(
             batch=batch,
@@ -123,6 +121,18 @@ class Bench:
             tokens_per_s=batch / step_s,
             bandwidth_share=step_bytes / step_s / read_bandwidth,
         )
+
+    def start_decoding(self, batch: int, context: int, max_tokens: int, sampling: SamplingParams = GREEDY) -> list[str]:
+        """Requests whose prompts of context - 1 tokens count as computed."""
+        ids = [self.add(context - 1, max_tokens, sampling) for _ in range(batch)]
+        for sequence in list(self.engine.scheduler.waiting):
+            self._pretend_prefilled(sequence)
+        return ids
+
+    def abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self.engine.abort(request_id)
+        self.engine.step()
 
     def _pretend_prefilled(self, sequence: Sequence) -> None:
         """Its prompt counts as computed, and one token as generated."""
