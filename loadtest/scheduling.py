@@ -5,7 +5,8 @@
     latency     gaps between the tokens of decoding streams while long prompts arrive, one after the other, for several
                 budgets of a step; the largest holds a whole prompt, which is what an engine without chunks does
     storm       requests whose KV blocks are a third of what all need, against enough of them: all must end, with the
-                same greedy tokens
+                same greedy tokens. Where they are not (products over prompts round by their rows on a GPU): by how much
+                the best token's logit was above the next one's
 
 On a CPU the demo model, on a GPU random weights of Llama-3-8B's shape.
 """
@@ -20,14 +21,17 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
+from loadtest.gpu import GPU, PACKAGES, this_gpu
 from loadtest.machine import Machine, StolenTime, this_machine
-from loadtest.scheduling_cases import Bench, Latency, Prefix, Sizes, Storm
+from loadtest.scheduling_cases import Bench, Latency, Prefix, Storm
+from loadtest.scheduling_sizes import Sizes
 
-_PACKAGES = ("numpy", "numba", "cupy-cuda13x")
+_PACKAGES = (*PACKAGES, "numba")
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     machine: Machine
+    gpu: GPU | None
     device: str
     stolen_share: float
     sizes: Sizes
@@ -58,6 +62,7 @@ def measure(options: argparse.Namespace, console: Console) -> Report:
             console.print(*(rounds[-1] if rounds else []), sep="\n")
     return Report(
         machine=machine,
+        gpu=this_gpu(bench.kernels.read_bandwidth()) if options.device == "cuda" else None,
         device=bench.kernels.device_name,
         stolen_share=stolen.share(),
         sizes=bench.sizes,

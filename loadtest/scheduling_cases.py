@@ -1,4 +1,4 @@
-"""The engine under the workloads of `loadtest.scheduling`: their sizes, how they are run, and what is measured."""
+"""The engine under the workloads of `loadtest.scheduling`: how they are run, and what is measured."""
 
 from __future__ import annotations
 
@@ -13,65 +13,20 @@ import numpy as np
 
 from loadtest.gpu_engine import make_kernels
 from loadtest.random_model import SHAPES, RandomCheckpoint
+from loadtest.scheduling_sizes import CPU_SIZES, GPU_SIZES
 from nibble.engine.block_manager import num_blocks_for
 from nibble.engine.checkpoint.native import load_checkpoint
 from nibble.engine.checkpoint.resolve import resolve_checkpoint
 from nibble.engine.limits import EngineLimits
 from nibble.engine.llm_engine import LLMEngine
+from nibble.engine.memory_plan import make_runner
+from nibble.engine.model import DecoderModel
 from nibble.engine.protocol import GenerationRequest, SamplingParams
 from nibble.kernels.interface import Kernels
 from nibble.kernels.layout import KVLayout
 from nibble.service.demo_model import fetch_demo_model
 
-
-class Sizes(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens, and numbers of requests."""
-
-    system_tokens: int
-    question_tokens: int
-    answer_tokens: int
-    num_questions: int
-    num_turns: int
-    num_at_once: int
-    num_streams: int
-    long_tokens: int
-    num_long: int
-    budgets: tuple[int, ...]
-    num_storm: int
-    storm_prompt_tokens: int
-    storm_output_tokens: int
-
-
-CPU_SIZES = Sizes(
-    system_tokens=1000,
-    question_tokens=40,
-    answer_tokens=24,
-    num_questions=16,
-    num_turns=5,
-    num_at_once=4,
-    num_streams=4,
-    long_tokens=2048,
-    num_long=3,
-    budgets=(64, 128, 256, 512, 2048 + 4),
-    num_storm=12,
-    storm_prompt_tokens=150,
-    storm_output_tokens=200,
-)
-GPU_SIZES = Sizes(
-    system_tokens=4000,
-    question_tokens=100,
-    answer_tokens=64,
-    num_questions=128,
-    num_turns=8,
-    num_at_once=32,
-    num_streams=32,
-    long_tokens=8000,
-    num_long=8,
-    budgets=(512, 1024, 2048, 8000 + 32),
-    num_storm=96,
-    storm_prompt_tokens=500,
-    storm_output_tokens=500,
-)
+MAX_GAPS = 16  # looked at: each computes a text anew
 
 
 class Prefix(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,12 +49,17 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Storm(msgspec.Struct, frozen=True, kw_only=True):
+    """num_different: texts, from the first case's. gaps: where some of them first differ, by how much the logit of the
+    best token is above the next one's, sorted."""
+
     kv_share: float  # of what all requests need together
     has_cache: bool
+    budget: int
     seconds: float
     num_preemptions: int
     computed_prompt_tokens: int
-    is_same_text: bool
+    num_different: int
+    gaps: list[float]
 
 
 @dataclass
@@ -112,6 +72,7 @@ class Run:
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, name: str, prompt: list[int], max_tokens: int) -> None:
+        """Greedy."""
         self.added_s[name], self.times_s[name], self.tokens[name] = time.perf_counter(), [], []
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         arrival_s = float(len(self.added_s))
@@ -132,6 +93,18 @@ class Run:
         while self.engine.has_unfinished:
             self.step()
 
+    def logit_gap(self, prompt: list[int], generated: list[int]) -> float:
+        """Of the two most probable tokens after these."""
+        sampling = SamplingParams(max_tokens=len(generated) + 1, temperature=0.0, logprobs=2)
+        request = GenerationRequest(request_id="gap", prompt_token_ids=prompt, sampling=sampling, arrival_s=0.0)
+        self.engine.add(request, generated)
+        while not (events := self.engine.step()):
+            pass
+        (event,) = events
+        assert event.logprobs is not None, "log probabilities were asked for"
+        _, _, best, _, second = np.frombuffer(event.logprobs, "<f4").tolist()
+        return float(best - second)
+
     def first_token_s(self) -> list[float]:
         return [self.times_s[name][0] - added_s for name, added_s in self.added_s.items()]
 
@@ -148,19 +121,21 @@ class Bench:
             self._checkpoint: Any = load_checkpoint(directory)
         else:
             self._checkpoint = RandomCheckpoint(SHAPES["llama-3-8b"])
-        self.kernels.warm_up()
+        config = self._checkpoint.config
+        self._layout = KVLayout(config.num_kv_heads, config.head_dim)
+        self._model = DecoderModel(config, self.kernels, self._checkpoint, self._layout)
 
     def run(self, num_blocks: int, budget: int, num_sequences: int, has_cache: bool = True) -> Run:
         config = self._checkpoint.config
         gc.collect()  # the engine before
-        block_bytes = config.num_layers * KVLayout(config.num_kv_heads, config.head_dim).block_bytes
+        block_bytes = config.num_layers * self._layout.block_bytes
         limits = EngineLimits(
             kv_cache_bytes=(num_blocks + 1) * block_bytes,
             max_num_sequences=num_sequences,
             max_num_batched_tokens=budget,
             has_prefix_cache=has_cache,
         )
-        run = Run(LLMEngine.load(self._checkpoint, self.kernels, limits))
+        run = Run(LLMEngine(make_runner(self.kernels, self._model, limits), config, limits))
         run.add("warm up", [1] * 100, 3)
         run.finish()
         return Run(run.engine)
@@ -176,7 +151,7 @@ class Bench:
         system = self.prompt(0, sizes.system_tokens)
         prompts = [system + self.prompt(1 + i, sizes.question_tokens) for i in range(sizes.num_questions)]
         num_blocks = 2 * sizes.num_at_once * num_blocks_for(len(prompts[0]) + sizes.answer_tokens)
-        run = self.run(num_blocks, 512, sizes.num_at_once, has_cache)
+        run = self.run(num_blocks, sizes.prefix_budget, sizes.num_at_once, has_cache)
         start_s, before = time.perf_counter(), run.engine.stats.num_prompt_tokens
         num_running = 0
         for i, prompt in enumerate(prompts):
@@ -192,7 +167,8 @@ class Bench:
         prompts = [self.prompt(100 + i, sizes.question_tokens * 4) for i in range(sizes.num_at_once)]
         per_turn = sizes.answer_tokens * 4 + sizes.question_tokens
         longest = sizes.question_tokens * 4 + sizes.num_turns * per_turn
-        run = self.run(2 * sizes.num_at_once * num_blocks_for(longest), 512, sizes.num_at_once, has_cache)
+        num_blocks = 2 * sizes.num_at_once * num_blocks_for(longest)
+        run = self.run(num_blocks, sizes.prefix_budget, sizes.num_at_once, has_cache)
         start_s, before = time.perf_counter(), run.engine.stats.num_prompt_tokens
         for turn in range(sizes.num_turns):
             for i, prompt in enumerate(prompts):
@@ -214,7 +190,8 @@ class Bench:
         )
 
     def latency(self, budget: int) -> Latency:
-        """The streams' gaps from the first long prompt's arrival to the last one's first token."""
+        """The streams' gaps from the last token before the first long prompt to the last one's first token, after one
+        that is not counted: products of a new shape may load kernels."""
         sizes = self.sizes
         has_long = budget > 0
         num_sequences = sizes.num_streams + 1
@@ -225,16 +202,14 @@ class Bench:
             run.add(name, self.prompt(i, 64), 2000)
         while not all(len(run.times_s[name]) > 3 for name in streams):
             run.step()
-        start_s = time.perf_counter()
-        long_s = []
-        for i in range(sizes.num_long if has_long else 0):
-            run.add(f"long {i}", self.prompt(50 + i, sizes.long_tokens), 1)
-            while not run.times_s[f"long {i}"]:
-                run.step()
-            long_s.append(run.times_s[f"long {i}"][0] - run.added_s[f"long {i}"])
+        if has_long:
+            self._first_token_s(run, "warm up", self.prompt(49, sizes.long_tokens))
+        before = {name: len(run.times_s[name]) - 1 for name in streams}
+        prompts = [self.prompt(50 + i, sizes.long_tokens) for i in range(sizes.num_long if has_long else 0)]
+        long_s = [self._first_token_s(run, f"long {i}", prompt) for i, prompt in enumerate(prompts)]
         for _ in range(0 if has_long else 100):
             run.step()
-        gaps = np.concatenate([np.diff([t for t in run.times_s[name] if t >= start_s]) for name in streams]) * 1e3
+        gaps = np.concatenate([np.diff(run.times_s[name][before[name] :]) for name in streams]) * 1e3
         return Latency(
             budget=budget,
             gap_p50_ms=float(np.median(gaps)),
@@ -243,25 +218,50 @@ class Bench:
             long_first_token_s=float(np.median(long_s)) if long_s else 0.0,
         )
 
+    def _first_token_s(self, run: Run, name: str, prompt: list[int]) -> float:
+        """How long a request alone takes to it, among the others."""
+        run.add(name, prompt, 1)
+        while not run.times_s[name]:
+            run.step()
+        return run.times_s[name][0] - run.added_s[name]
+
     def storm(self) -> list[Storm]:
+        """The second case has all blocks too: what differs there, prompts cut into other chunks do."""
+        first = self._storm(1.0, True, 512, None)
+        cases = ((1.0, True, 384), (1 / 3, True, 512), (1 / 3, False, 512))
+        return [first[0], *(self._storm(*case, first[1])[0] for case in cases)]
+
+    def _storm(
+        self, share: float, has_cache: bool, budget: int, expected: dict[str, list[int]] | None
+    ) -> tuple[Storm, dict[str, list[int]]]:
+        """expected: the texts; None: whatever they are."""
         sizes = self.sizes
         needed = sizes.num_storm * num_blocks_for(sizes.storm_prompt_tokens + sizes.storm_output_tokens)
-        results, texts = [], []
-        for share, has_cache in ((1.0, True), (1 / 3, True), (1 / 3, False)):
-            run = self.run(int(needed * share), 512, sizes.num_storm, has_cache)
-            start_s, before = time.perf_counter(), run.engine.stats.num_prompt_tokens
-            for i in range(sizes.num_storm):
-                run.add(str(i), self.prompt(i, sizes.storm_prompt_tokens), sizes.storm_output_tokens)
-            run.finish()
-            texts.append(run.tokens)
-            results.append(
-                Storm(
-                    kv_share=share,
-                    has_cache=has_cache,
-                    seconds=time.perf_counter() - start_s,
-                    num_preemptions=run.engine.stats.num_preemptions,
-                    computed_prompt_tokens=run.engine.stats.num_prompt_tokens - before,
-                    is_same_text=run.tokens == texts[0],
-                )
-            )
-        return results
+        run = self.run(int(needed * share), budget, sizes.num_storm, has_cache)
+        start_s, before = time.perf_counter(), run.engine.stats.num_prompt_tokens
+        for i in range(sizes.num_storm):
+            run.add(str(i), self.prompt(i, sizes.storm_prompt_tokens), sizes.storm_output_tokens)
+        run.finish()
+        seconds, stats = time.perf_counter() - start_s, run.engine.stats
+        result = Storm(
+            kv_share=share,
+            has_cache=has_cache,
+            budget=budget,
+            seconds=seconds,
+            num_preemptions=stats.num_preemptions,
+            computed_prompt_tokens=stats.num_prompt_tokens - before,
+            num_different=sum(tokens != (expected or run.tokens)[name] for name, tokens in run.tokens.items()),
+            gaps=self._gaps(run, expected or run.tokens),
+        )
+        return result, run.tokens
+
+    def _gaps(self, run: Run, expected: dict[str, list[int]]) -> list[float]:
+        gaps: list[float] = []
+        for name, tokens in run.tokens.items():
+            if len(gaps) == MAX_GAPS:
+                break
+            pairs = enumerate(zip(tokens, expected[name], strict=True))
+            index = next((i for i, (token, other) in pairs if token != other), None)
+            if index is not None:
+                gaps.append(run.logit_gap(self.prompt(int(name), self.sizes.storm_prompt_tokens), tokens[:index]))
+        return sorted(gaps)
