@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 
 from nibble.kernels.layout import KVLayout
@@ -141,6 +142,16 @@ class Kernels(SamplingKernels, Protocol):
     def copy_to_device(self, source: npt.NDArray[Any], target: Array) -> None:
         """target[...] = source, same shape and dtype. source, a `host_buffer`, must stay unchanged until it arrived:
         until a `start_to_host` that came later has been waited for."""
+
+    def copy_blocks(
+        self, kv_cache: Array, swapped: npt.NDArray[np.uint8], pairs: npt.NDArray[np.int32], *, to_host: bool
+    ) -> None:
+        """swapped[pairs[i, 1]] = kv_cache[:, pairs[i, 0]] for each i, or the other way round where to_host is False.
+
+        kv_cache uint8 (num_layers, num_blocks, ...) of all layers; swapped uint8 (n, num_layers, ...) and pairs int32
+        (m, 2), both a `host_buffer` or rows of one. No block is named twice. pairs must stay unchanged as the source of
+        `copy_to_device` must; what the host finds in `swapped`, and when, is undefined.
+        """
 
     def start_to_host(self, array: Array) -> HostCopy:
         """Begin to copy the array as it will be when all work before this call has finished."""

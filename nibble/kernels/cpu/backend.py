@@ -20,6 +20,7 @@ from nibble.kernels.cpu import (
     amx,
     append_kv,
     bf16_linear,
+    copy_blocks,
     digit_linear,
     digit_tiles,
     digits,
@@ -102,6 +103,11 @@ class CPUKernels:
 
     def copy_to_device(self, source: npt.NDArray[Any], target: Array) -> None:
         target[...] = source
+
+    def copy_blocks(
+        self, kv_cache: Array, swapped: npt.NDArray[np.uint8], pairs: npt.NDArray[np.int32], *, to_host: bool
+    ) -> None:
+        copy_blocks.copy_blocks(kv_cache, swapped, pairs, to_host)
 
     def start_to_host(self, array: Array) -> HostCopy:
         return _FinishedCopy(array.copy())

@@ -21,6 +21,7 @@ from nibble.kernels.cuda import (
     append_kv,
     attention,
     capture,
+    copy_blocks,
     copy_rows,
     embedding,
     gather_rows,
@@ -118,6 +119,11 @@ class CUDAKernels:
         assert target.flags.c_contiguous, "only C-contiguous arrays are copied"
         kind, stream = cupy.cuda.runtime.memcpyHostToDevice, self.device.stream
         cupy.cuda.runtime.memcpyAsync(target.data.ptr, source.ctypes.data, source.nbytes, kind, stream.ptr)
+
+    def copy_blocks(
+        self, kv_cache: Array, swapped: npt.NDArray[np.uint8], pairs: npt.NDArray[np.int32], *, to_host: bool
+    ) -> None:
+        copy_blocks.copy_blocks(self.device, kv_cache, swapped, pairs, to_host)
 
     def start_to_host(self, array: Array) -> HostCopy:
         return self._copies.start(array)

@@ -152,3 +152,14 @@ def test_nan_query_gives_nan_in_its_row_only(kernels: CPUKernels, rng: np.random
     out = kernels.paged_attention(qkv, cache, attention_batch([40], [40], tables), layout, mode=mode)
     assert np.isnan(out[11, 64:]).all()
     assert np.isfinite(np.delete(out, 11, axis=0)).all()
+
+
+def test_blocks_go_to_another_array_and_come_back(kernels: CPUKernels, rng: np.random.Generator) -> None:
+    cache = rng.integers(0, 256, (2, 5, 1, 32), dtype=np.uint8)
+    swapped = np.zeros((3, 2, 1, 32), np.uint8)
+    kernels.copy_blocks(cache, swapped, np.array([[4, 0], [1, 2]], np.int32), to_host=True)
+    np.testing.assert_array_equal(swapped, np.stack([cache[:, 4], np.zeros_like(cache[:, 0]), cache[:, 1]]))
+    expected = cache.copy()
+    expected[:, 3] = cache[:, 1]
+    kernels.copy_blocks(cache, swapped, np.array([[3, 2]], np.int32), to_host=False)
+    np.testing.assert_array_equal(cache, expected)

@@ -231,6 +231,11 @@ def small_ops(s: Sanitized) -> None:
         s.check(s.kernels.embedding(rows, s.int8_weight(5, size, group_size)))
     for columns in (33, 4100):
         s.kernels.copy_rows(s.normal((3, columns), np.float32), s.array([1, 0, 1], np.int32))
+    cache, swapped = s.array(np.zeros((2, 3, 1, 4112)), np.uint8), s.kernels.host_buffer((2, 2, 1, 4112), np.uint8)
+    pairs = s.kernels.host_buffer((2, 2), np.int32)
+    pairs[:] = [[2, 0], [0, 1]]
+    for to_host in (True, False):
+        s.kernels.copy_blocks(cache, swapped, pairs, to_host=to_host)
     for tokens, columns in ((1, 16), (9, 192)):
         s.check(s.kernels.silu_and_mul(s.normal((tokens, columns))))
     latest = s.array([3, 5, -1], np.int32)
