@@ -26,6 +26,7 @@ from nibble.kernels.interface import Kernels
 from nibble.kernels.layout import KVLayout
 from nibble.service.demo_model import fetch_demo_model
 
+SWAP_BYTES = 1 << 30
 MAX_GAPS = 16  # looked at: each computes a text anew
 
 
@@ -57,6 +58,7 @@ class Storm(msgspec.Struct, frozen=True, kw_only=True):
     budget: int
     seconds: float
     num_preemptions: int
+    num_restored: int  # of the preempted, from the host's memory
     computed_prompt_tokens: int
     num_different: int
     gaps: list[float]
@@ -125,7 +127,7 @@ class Bench:
         self._layout = KVLayout(config.num_kv_heads, config.head_dim)
         self._model = DecoderModel(config, self.kernels, self._checkpoint, self._layout)
 
-    def run(self, num_blocks: int, budget: int, num_sequences: int, has_cache: bool = True) -> Run:
+    def run(self, num_blocks: int, budget: int, num_sequences: int, has_cache: bool = True, swap_bytes: int = 0) -> Run:
         config = self._checkpoint.config
         gc.collect()  # the engine before
         block_bytes = config.num_layers * self._layout.block_bytes
@@ -134,6 +136,7 @@ class Bench:
             max_num_sequences=num_sequences,
             max_num_batched_tokens=budget,
             has_prefix_cache=has_cache,
+            swap_bytes=swap_bytes,
         )
         run = Run(LLMEngine(make_runner(self.kernels, self._model, limits), config, limits))
         run.add("warm up", [1] * 100, 3)
@@ -227,17 +230,25 @@ class Bench:
 
     def storm(self) -> list[Storm]:
         """The second case has all blocks too: what differs there, prompts cut into other chunks do."""
-        first = self._storm(1.0, True, 512, None)
-        cases = ((1.0, True, 384), (1 / 3, True, 512), (1 / 3, False, 512))
-        return [first[0], *(self._storm(*case, first[1])[0] for case in cases)]
+        first, expected = self._storm(1.0, True, 512)
+        cases = [(1.0, True, 384), (1 / 3, True, 512), (1 / 3, False, 512)]
+        results = [first, *(self._storm(*case, expected=expected)[0] for case in cases)]
+        if self.kernels.is_asynchronous:
+            results.append(self._storm(1 / 3, True, 512, SWAP_BYTES, expected)[0])
+        return results
 
     def _storm(
-        self, share: float, has_cache: bool, budget: int, expected: dict[str, list[int]] | None
+        self,
+        share: float,
+        has_cache: bool,
+        budget: int,
+        swap_bytes: int = 0,
+        expected: dict[str, list[int]] | None = None,
     ) -> tuple[Storm, dict[str, list[int]]]:
         """expected: the texts; None: whatever they are."""
         sizes = self.sizes
         needed = sizes.num_storm * num_blocks_for(sizes.storm_prompt_tokens + sizes.storm_output_tokens)
-        run = self.run(int(needed * share), budget, sizes.num_storm, has_cache)
+        run = self.run(int(needed * share), budget, sizes.num_storm, has_cache, swap_bytes)
         start_s, before = time.perf_counter(), run.engine.stats.num_prompt_tokens
         for i in range(sizes.num_storm):
             run.add(str(i), self.prompt(i, sizes.storm_prompt_tokens), sizes.storm_output_tokens)
@@ -249,6 +260,7 @@ class Bench:
             budget=budget,
             seconds=seconds,
             num_preemptions=stats.num_preemptions,
+            num_restored=run.engine.scheduler.swap_space.num_restored,
             computed_prompt_tokens=stats.num_prompt_tokens - before,
             num_different=sum(tokens != (expected or run.tokens)[name] for name, tokens in run.tokens.items()),
             gaps=self._gaps(run, expected or run.tokens),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nibble.engine.sequence import Sequence
+from nibble.engine.swap_space import BlockMove
 
 
 class Chunk(NamedTuple):
@@ -26,6 +27,7 @@ class Batch:
 
     prefill: list[Chunk]
     decode: list[Chunk]
+    moves: list[BlockMove] = field(default_factory=list)  # before anything is computed
 
     @property
     def chunks(self) -> list[Chunk]:

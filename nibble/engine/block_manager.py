@@ -82,6 +82,10 @@ class BlockManager:
             self._num_users[block_id] = 1
             block_table.append(block_id)
 
+    def num_in_common(self, block_table: list[int]) -> int:
+        """How many of its first blocks other tables have too."""
+        return next((i for i, block_id in enumerate(block_table) if self._num_users[block_id] == 1), len(block_table))
+
     def share(self, block_table: list[int], index: int, block_hash: bytes) -> None:
         """Let others find the full block at this index. If there is one of that name already, the table gets that one
         instead: the content is the same."""

@@ -13,6 +13,9 @@ class EngineLimits:
 
     kv_cache_bytes is rounded down to whole blocks. None, for a device with memory of its own: what is left of
     memory_utilization, the share of the device's whole memory that may be in use, others' use included.
+
+    swap_bytes: of the host's memory, page-locked, for the blocks of preempted sequences; rounded down to whole blocks,
+    and without effect where the device's memory is the host's.
     """
 
     kv_cache_bytes: int | None
@@ -21,3 +24,4 @@ class EngineLimits:
     kv_dtype: KVDtype = KVDtype.INT8
     memory_utilization: float = 0.9
     has_prefix_cache: bool = True
+    swap_bytes: int = 0

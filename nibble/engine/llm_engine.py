@@ -78,6 +78,7 @@ class LLMEngine:
             max_num_batched_tokens=limits.max_num_batched_tokens,
             has_prefix_cache=limits.has_prefix_cache,
             order=order,
+            num_swap_blocks=runner.num_swap_blocks,
         )
         self.max_context_tokens = min(config.max_context_tokens, runner.num_blocks * BLOCK_SIZE)
         self._sequences: dict[str, Sequence] = {}

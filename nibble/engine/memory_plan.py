@@ -41,11 +41,12 @@ class MemoryPlan:
     other_bytes: int
     free_bytes: int
     num_blocks: int
+    num_swap_blocks: int  # in the host's memory
 
     def log(self) -> None:
         logger.info(
             "event=memory_planned total_bytes=%d weight_bytes=%d workspace_bytes=%d graph_bytes=%d kv_cache_bytes=%d "
-            "kv_cache_blocks=%d kv_cache_tokens=%d other_bytes=%d free_bytes=%d",
+            "kv_cache_blocks=%d kv_cache_tokens=%d other_bytes=%d free_bytes=%d swap_blocks=%d",
             self.total_bytes,
             self.weight_bytes,
             self.workspace_bytes,
@@ -55,6 +56,7 @@ class MemoryPlan:
             self.num_blocks * BLOCK_SIZE,
             self.other_bytes,
             self.free_bytes,
+            self.num_swap_blocks,
         )
 
 
@@ -85,7 +87,8 @@ def _plan(kernels: Kernels, model: DecoderModel, limits: EngineLimits, make: par
     graph_bytes = _buffer_and_graph_bytes(kernels, make, free_bytes)
     gc.collect()  # what was captured may refer to the runner that holds it
     num_blocks = _fit_kv_cache(total_bytes, total_bytes - free_bytes + graph_bytes, model, limits)
-    runner = make(num_blocks=num_blocks)
+    block_bytes = model.config.num_layers * model.kv_layout.block_bytes
+    runner = make(num_blocks=num_blocks, num_swap_blocks=min(limits.swap_bytes // block_bytes, num_blocks))
     runner.capture()
     MemoryPlan(
         total_bytes=total_bytes,
@@ -96,6 +99,7 @@ def _plan(kernels: Kernels, model: DecoderModel, limits: EngineLimits, make: par
         other_bytes=total_bytes - free_bytes - model.weight_bytes - workspace_bytes,
         free_bytes=kernels.memory_info()[0],
         num_blocks=num_blocks,
+        num_swap_blocks=runner.num_swap_blocks,
     ).log()
     return runner
 

@@ -16,6 +16,8 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +29,7 @@ from nibble.engine.model import DecoderModel, ForwardBatch
 from nibble.engine.pass_inputs import PassInputs, PassShape, cut, fill, fill_idle, prompt_targets, shape_of
 from nibble.engine.sampling_params import record_bytes
 from nibble.engine.sequence import Sequence
+from nibble.engine.swap_space import BlockMove
 from nibble.kernels.interface import Array, HostCopy, Kernels, Mode
 from nibble.kernels.layout import BLOCK_SIZE
 from nibble.kernels.sampling import LOGPROB_WORDS
@@ -70,9 +73,16 @@ class ModelRunner:
     """Runs steps on one device, at most two of them at a time."""
 
     def __init__(
-        self, kernels: Kernels, model: DecoderModel, *, num_blocks: int, max_sequences: int, max_tokens: int
+        self,
+        kernels: Kernels,
+        model: DecoderModel,
+        *,
+        num_blocks: int,
+        max_sequences: int,
+        max_tokens: int,
+        num_swap_blocks: int = 0,
     ) -> None:
-        """Steps have at most max_sequences sequences and max_tokens tokens."""
+        """Steps have at most max_sequences sequences and max_tokens tokens. num_swap_blocks: in the host's memory."""
         self.kernels = kernels
         self.model = model
         self.num_blocks = num_blocks
@@ -80,6 +90,11 @@ class ModelRunner:
         kv_shape = (config.num_layers, num_blocks + 1, layout.num_kv_heads, layout.head_block_bytes)
         self.kv_cache = kernels.zeros(kv_shape, np.uint8)
         self._idle_block = num_blocks
+        self.num_swap_blocks = num_swap_blocks
+        host_buffer = kernels.host_buffer if num_swap_blocks else np.zeros  # a backend need not have empty ones
+        self._swapped = host_buffer((num_swap_blocks, config.num_layers, *kv_shape[2:]), np.uint8)
+        # In one step, each block leaves once at most, and each swapped one comes back once.
+        self._moves = host_buffer((NUM_HOST_BUFFERS, num_blocks + num_swap_blocks, 2), np.int32)
         self._max_blocks = num_blocks_for(config.max_context_tokens)
         self._latest = kernels.zeros((max_sequences,), np.int32)
         self._logprobs = kernels.zeros((max_sequences, LOGPROB_WORDS), np.int32)
@@ -123,6 +138,7 @@ class ModelRunner:
                 start += num_bytes
                 passes.append(compute)
                 sequences += [chunk.sequence for chunk in chunks if chunk.samples]
+        self._move_blocks(batch.moves)
         self._upload(start)
         self._adjustments.upload()
         for compute in passes:
@@ -223,6 +239,16 @@ class ModelRunner:
         replay = self.kernels.capture(partial(self._compute, cut(self._inputs, shape), Mode.DECODE))
         self.kernels.start_to_host(self._latest).wait()  # the host buffer is free again
         return CapturedPass(shape, host, replay)
+
+    def _move_blocks(self, moves: list[BlockMove]) -> None:
+        """Behind the steps launched before, which still use the blocks that leave."""
+        start, pairs = 0, self._moves[self._turn]
+        for to_host, run in groupby(moves, key=attrgetter("to_host")):
+            ids = [(move.block_id, move.host_block) for move in run]
+            stop = start + len(ids)
+            pairs[start:stop] = ids
+            self.kernels.copy_blocks(self.kv_cache, self._swapped, pairs[start:stop], to_host=to_host)
+            start = stop
 
     def _upload(self, num_bytes: int) -> None:
         # Later than all kernels of the step before, which read the same device buffer: one stream does both.

@@ -2,8 +2,9 @@
 
 Sequences join and leave at any step. One token budget is shared by decode and chunked prefill, decode first, so that
 inter-token latency holds while long prompts are prefilled. Everything else goes by rank (`service_order.py`): when
-blocks run out, the last in that order is preempted: its blocks are released, and what is not found in the cache any
-more is computed again. A sequence starts when all its blocks are there; of those that run only such of a lower priority
+blocks run out, the last in that order is preempted: its blocks are released, after their content was kept in the host's
+memory where there is room (`swap_space.py`), and what is neither there nor found in the cache when it starts again is
+computed again. A sequence starts when all its blocks are there; of those that run only such of a lower priority
 make room for it.
 
 Steps may still be under way when the next one is scheduled, so tokens count from the launch of the step that samples
@@ -22,6 +23,7 @@ from nibble.engine.batch import Batch, Chunk
 from nibble.engine.block_manager import BlockManager
 from nibble.engine.sequence import Sequence
 from nibble.engine.service_order import ServiceOrder, aged_priority
+from nibble.engine.swap_space import SwapSpace
 from nibble.kernels.layout import BLOCK_SIZE
 
 _by_rank = attrgetter("rank")
@@ -38,9 +40,11 @@ class Scheduler:
         max_num_batched_tokens: int,
         has_prefix_cache: bool = True,
         order: ServiceOrder = aged_priority,
+        num_swap_blocks: int = 0,
     ) -> None:
         assert max_num_batched_tokens >= max_num_sequences, "every running sequence must fit into one step"
         self.block_manager = block_manager
+        self.swap_space = SwapSpace(num_swap_blocks)
         self.max_num_sequences = max_num_sequences
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []  # by rank
@@ -62,6 +66,7 @@ class Scheduler:
         for sequences in (self.running, self.waiting):
             if sequence in sequences:
                 sequences.remove(sequence)
+        self.swap_space.discard(sequence)
         self._release(sequence)
 
     def remove_unsound(self, sequence: Sequence) -> None:
@@ -80,6 +85,8 @@ class Scheduler:
         batch = Batch(prefill=[], decode=[])
         self._schedule_decode(batch)
         self._schedule_rest(batch)
+        if batch.chunks:  # else no step is launched
+            batch.moves.extend(self.swap_space.take_moves())
         self._last = batch
         return batch
 
@@ -127,7 +134,7 @@ class Scheduler:
         if not self.block_manager.can_start(matched, sequence.num_tokens):
             return False
         self.block_manager.start(sequence.block_table, matched, sequence.num_tokens)
-        sequence.num_computed_tokens = len(matched) * BLOCK_SIZE
+        sequence.num_computed_tokens = self.swap_space.restore(sequence, len(matched))
         sequence.num_shared_blocks = len(matched)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
@@ -168,6 +175,8 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self._share_blocks(sequence)
+        self.swap_space.save(sequence, self.block_manager.num_in_common(sequence.block_table))
         self._release(sequence)
         sequence.num_computed_tokens = 0
         self.num_preemptions += 1

@@ -56,6 +56,15 @@ class LateKernels(CPUKernels):
         super().copy_to_device(source, target)
         self._uploads.append((source, source.copy()))
 
+    def copy_blocks(
+        self, kv_cache: Array, swapped: npt.NDArray[np.uint8], pairs: npt.NDArray[np.int32], *, to_host: bool
+    ) -> None:
+        assert not self._is_capturing, "a captured step must not copy"
+        for column in pairs.T:
+            assert len(set(column)) == len(column), "a block is named twice"
+        super().copy_blocks(kv_cache, swapped, pairs, to_host=to_host)
+        self._uploads.append((pairs, pairs.copy()))
+
     def start_to_host(self, array: Array) -> HostCopy:
         assert not self._is_capturing, "a captured step must not copy"
         return _LateCopy(self, array.copy(), len(self._uploads))

@@ -20,6 +20,7 @@ from nibble.engine.model_config import ModelConfig
 from nibble.engine.model_runner import ModelRunner, PendingStep
 from nibble.engine.protocol import GenerationRequest, SamplingParams
 from nibble.engine.sequence import Sequence
+from nibble.engine.swap_space import BlockMove
 from nibble.kernels.interface import Kernels
 from nibble.kernels.layout import BLOCK_SIZE
 
@@ -91,9 +92,13 @@ class SimulatedKernels:
 class SimulatedRunner(ModelRunner):
     """Remembers what was written to which KV slot, and refuses to attend to a context that is not there."""
 
-    def __init__(self, num_blocks: int, max_num_batched_tokens: int, is_asynchronous: bool = False) -> None:
+    def __init__(
+        self, num_blocks: int, max_num_batched_tokens: int, is_asynchronous: bool = False, num_swap_blocks: int = 0
+    ) -> None:
         self.kernels = cast(Kernels, SimulatedKernels(is_asynchronous))
         self.num_blocks = num_blocks
+        self.num_swap_blocks = num_swap_blocks
+        self.swapped = [[0] * BLOCK_SIZE for _ in range(num_swap_blocks)]
         self.kv_cache = np.zeros((1, num_blocks, 1, 1), np.uint8)
         self.blocks = [[0] * BLOCK_SIZE for _ in range(num_blocks)]  # what stands for the keys and values in them
         self._expected: dict[str, tuple[Sequence, list[int]]] = {}  # what must be in a sequence's slots, by request id
@@ -118,7 +123,7 @@ class SimulatedRunner(ModelRunner):
             assert chunk not in batch.prefill or sequence.num_computed_tokens <= sequence.num_prompt_tokens
             assert chunk.samples == (sequence.num_computed_tokens == sequence.num_tokens - chunk.samples)
         sequences = [chunk.sequence for chunk in batch.chunks if chunk.samples]
-        copy = SimulatedCopy(lambda: self._compute(work))
+        copy = SimulatedCopy(lambda: self._compute(work, [*batch.moves]))
         return PendingStep(batch, sequences, copy, num_bytes=batch.num_tokens, launched_s=0.0)
 
     def collect(self, step: PendingStep) -> list[tuple[Sequence, int]]:
@@ -140,7 +145,12 @@ class SimulatedRunner(ModelRunner):
         assert len(token_ids) == chunk.num_tokens
         return Work(sequence, start, stop, token_ids, sequence.sample_row, [*sequence.block_table], chunk.samples)
 
-    def _compute(self, step: list[Work]) -> npt.NDArray[np.int32]:
+    def _compute(self, step: list[Work], moves: list[BlockMove]) -> npt.NDArray[np.int32]:
+        for move in moves:
+            if move.to_host:
+                self.swapped[move.host_block] = [*self.blocks[move.block_id]]
+            else:
+                self.blocks[move.block_id] = [*self.swapped[move.host_block]]
         for work in step:
             self._attend(work)
         for work in step:  # all of a step read before any of it writes: nobody may rely on what the same step computes

@@ -137,6 +137,21 @@ def test_graphs_are_captured_for_few_sizes_and_padded_rows_touch_nobody(
     assert outputs == {request.request_id: expected for request, expected, _ in requests[:11]}
 
 
+def test_preempted_sequences_come_back_from_the_hosts_memory_with_the_same_tokens(
+    tiny: Path, late: Late, requests: list[Expected]
+) -> None:
+    limits = EngineLimits(12 * BLOCK_BYTES, max_num_sequences=20, has_prefix_cache=False, swap_bytes=9 * BLOCK_BYTES)
+    engine = LLMEngine.from_checkpoint(tiny, late(), limits)
+    assert engine.runner.num_swap_blocks == 9
+    for request, _, _ in requests:
+        engine.add(request)
+    outputs: dict[str, list[int]] = {}
+    for event in run(engine):
+        outputs.setdefault(event.request_id, []).extend(event.token_ids)
+    assert outputs == {request.request_id: expected for request, expected, _ in requests}
+    assert 0 < engine.scheduler.swap_space.num_restored <= engine.stats.num_preemptions
+
+
 def test_the_kv_cache_takes_what_is_left_and_nothing_is_allocated_afterwards(
     tiny: Path, late: Late, requests: list[Expected], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -29,9 +29,10 @@ def engine_over_simulation(
     max_num_sequences: int = 8,
     budget: int = 64,
     has_prefix_cache: bool = True,
+    num_swap_blocks: int = 0,
 ) -> LLMEngine:
     limits = EngineLimits(0, max_num_sequences, budget, has_prefix_cache=has_prefix_cache)
-    runner = SimulatedRunner(num_blocks, budget, is_asynchronous)
+    runner = SimulatedRunner(num_blocks, budget, is_asynchronous, num_swap_blocks)
     return LLMEngine(runner, CONFIG, limits, lambda: 100.0)
 
 
@@ -43,6 +44,7 @@ def make_engine(request: pytest.FixtureRequest) -> MakeEngine:
 def check_integrity(engine: LLMEngine) -> None:
     scheduler = engine.scheduler
     scheduler.block_manager.check_integrity([s.block_table for s in [*scheduler.running, *scheduler.waiting]])
+    scheduler.swap_space.check_integrity(scheduler.waiting)
 
 
 def run(engine: LLMEngine, *requests: GenerationRequest) -> dict[str, TokenEvent]:
@@ -212,11 +214,10 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_sequences=st.integers(1, 6),
         budget=st.integers(6, 300),
         has_prefix_cache=st.sampled_from([True, True, True, False]),
+        num_swap_blocks=st.sampled_from([0, 5, 12, 30]),
     )
-    def make(
-        self, is_asynchronous: bool, num_blocks: int, max_num_sequences: int, budget: int, has_prefix_cache: bool
-    ) -> None:
-        self.engine = engine_over_simulation(is_asynchronous, num_blocks, max_num_sequences, budget, has_prefix_cache)
+    def make(self, **options: int) -> None:
+        self.engine = engine_over_simulation(**options)  # type: ignore[arg-type]  # bools are ints
 
     @rule(
         num_common=st.sampled_from([0, 60, 64, 100, 128, 200]),

@@ -88,6 +88,7 @@ def engine_limits(settings: WorkerSettings, is_cuda: bool) -> EngineLimits:
         kv_dtype=KVDtype(settings.kv_dtype),
         memory_utilization=settings.gpu_memory_utilization,
         has_prefix_cache=settings.prefix_cache,
+        swap_bytes=settings.swap_bytes,
     )
 
 

@@ -20,7 +20,8 @@ class WorkerSettings(ProcessSettings):
     """Read once from NIBBLE_ variables in `__main__`.
 
     kv_cache_bytes takes units (`2GiB`); without it the KV cache gets a share of the free memory, on a GPU all that is
-    left of gpu_memory_utilization, the share of its memory that may be in use. What max_num_sequences and
+    left of gpu_memory_utilization, the share of its memory that may be in use. swap_bytes is page-locked memory of the
+    machine, taken at start, for the blocks of preempted sequences; a CPU worker takes none. What max_num_sequences and
     max_num_batched_tokens are by default depends on the device, and so does step_timeout_s: a step that takes longer
     hangs, and the worker ends. metrics_port 0 turns the endpoint of metrics and health off.
     """
@@ -37,6 +38,7 @@ class WorkerSettings(ProcessSettings):
     kernel_cache_dir: Path | None = None
     kv_dtype: Literal["int8", "fp16"] = "int8"
     prefix_cache: bool = True
+    swap_bytes: ByteSize = ByteSize(0)
     lease_s: Annotated[float, Field(gt=0)] = 10.0
     step_timeout_s: Annotated[float, Field(gt=0)] | None = None
     metrics_host: str = "127.0.0.1"
