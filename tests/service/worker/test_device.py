@@ -32,7 +32,7 @@ def test_without_a_usable_gpu_auto_takes_the_cpu_and_cuda_is_an_error(monkeypatc
 
 def test_a_gpu_has_larger_steps_and_a_kv_cache_of_what_is_left() -> None:
     limits = device.engine_limits(settings(gpu_memory_utilization=0.5), is_cuda=True)
-    assert (limits.max_num_sequences, limits.max_num_batched_tokens) == (256, 8192)
+    assert (limits.max_num_sequences, limits.max_num_batched_tokens) == (256, 2048)
     assert limits.kv_cache_bytes is None
     assert limits.memory_utilization == 0.5
     limits = device.engine_limits(settings(), is_cuda=False)
