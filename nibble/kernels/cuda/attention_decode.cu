@@ -67,7 +67,7 @@ struct Computer {
             if (piece.first == 0)
                 row.add(split);
             else
-                split.store(record_at(a, first_record(a, piece.share) + record++), tile.num_heads);
+                split.store(record_at(a, first_record(a, blockIdx.x) + record++), tile.num_heads);
         } while (at < end);
         release(side.free());
         side.advance();
@@ -92,15 +92,16 @@ struct Computer {
     }
 
     __device__ __forceinline__ void run(const Arguments& a, const Shares& shares) {
-        while (true) {
+        int flat = shares.start(blockIdx.x), stop = shares.start(blockIdx.x + 1);
+        while (flat < stop) {
             wait_barrier(side.full(), side.parity);
             Piece piece = *reinterpret_cast<const Piece*>(side.bytes() + SIDE_PIECE);
-            if (piece.share < 0) return;
+            flat += piece.stop - piece.first;
             HeadTile tile(a, piece.tile);
             Partial row;
             add_splits(a, tile, piece, row);
             if (!piece.is_whole()) {
-                if (piece.first == 0) row.store(record_at(a, last_record(a, piece.share)), tile.num_heads);
+                if (piece.first == 0) row.store(record_at(a, last_record(a, blockIdx.x)), tile.num_heads);
                 if (!is_last(a, piece)) continue;
                 combine(a, shares, piece, tile.num_heads, row);
             }
@@ -109,16 +110,16 @@ struct Computer {
     }
 };
 
-// max_shares, share_splits (the least that a share has, but for small batches), share_records: see attention_decode_work.cuh
+// share_records: see attention_decode_work.cuh
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     attention_decode(const uint16* qkv, uint8* kv_cache, const int* block_tables, const float* table, int* plan,
                      float* records, uint16* out, int num_counters, int max_blocks, int num_heads, int num_kv_heads,
-                     int max_shares, int share_splits, int share_records) {
+                     int share_records) {
     grid_launch_dependents();
     init_barriers();
     __syncthreads();
-    Arguments a = {qkv,       kv_cache,     block_tables, table,        plan,         records,      out, num_counters,
-                   max_blocks, num_heads, num_kv_heads, max_shares, share_splits, share_records};
+    Arguments a = {qkv, kv_cache,     block_tables, table,     plan,         records,
+                   out, num_counters, max_blocks,   num_heads, num_kv_heads, share_records};
     // Without a table the kernel just before has written to the cache. Otherwise nobody has since the plan was made, and
     // plan and cache can be read at once (see attention_plan.cu).
     if (table == nullptr) grid_wait();
@@ -130,10 +131,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
             computer.run(a, shares);
         } else if (threadIdx.x < COMPUTING + WARP) {
             CacheCopier copier;
-            copier.run(a, shares);
+            for_each_piece(a, shares, [&](const Piece& piece) { copier.copy(a, piece); });
         } else {
             SideCopier copier;
-            copier.run(a, shares);
+            for_each_piece(a, shares, [&](const Piece& piece) { copier.copy(a, piece); });
         }
     }
     grid_wait();

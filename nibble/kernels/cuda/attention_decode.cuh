@@ -54,10 +54,7 @@ constexpr int SCALES_FREE = FREE + MAX_STAGES * 8;  // uint64 [2]
 constexpr int SIDE_FULL = SCALES_FREE + 2 * 8;
 constexpr int SIDE_FREE = SIDE_FULL + 2 * 8;
 constexpr int SIDE_NEW = SIDE_FREE + 2 * 8;  // uint64 [2 sides][2]: the new token's key, its value
-constexpr int SHARE_FULL = SIDE_NEW + 4 * 8;  // uint64 [2]
-constexpr int SHARE_FREE = SHARE_FULL + 2 * 8;
-constexpr int SHARE = SHARE_FREE + 2 * 8;    // int [2], padding
-constexpr int SCALES = SHARE + 16;
+constexpr int SCALES = SIDE_NEW + 4 * 8;
 constexpr int SIDES = SCALES + 2 * SCALES_BYTES;
 constexpr int RING = SIDES + 2 * SIDE_BYTES;
 
@@ -121,13 +118,6 @@ struct Side : Turn {
     }
 };
 
-// The number of a share of the work, from the warp that takes it to the other that copies
-struct ShareSlot : Turn {
-    __device__ __forceinline__ int* number() const { return reinterpret_cast<int*>(shared + SHARE) + index; }
-    __device__ __forceinline__ uint32 full() const { return shared_address(shared + SHARE_FULL + index * 8); }
-    __device__ __forceinline__ uint32 free() const { return shared_address(shared + SHARE_FREE + index * 8); }
-};
-
 DEVICE void init_barriers() {
     if (threadIdx.x < STAGES) {
         init_barrier(shared_address(shared + FULL + threadIdx.x * 8), WARP);
@@ -137,8 +127,6 @@ DEVICE void init_barriers() {
         init_barrier(shared_address(shared + SCALES_FREE + threadIdx.x * 8), WARPS);
         init_barrier(shared_address(shared + SIDE_FULL + threadIdx.x * 8), WARP + 1);
         init_barrier(shared_address(shared + SIDE_FREE + threadIdx.x * 8), WARPS);
-        init_barrier(shared_address(shared + SHARE_FULL + threadIdx.x * 8), 1);
-        init_barrier(shared_address(shared + SHARE_FREE + threadIdx.x * 8), 1);
         init_barrier(shared_address(shared + SIDE_NEW + threadIdx.x * 16), 1);
         init_barrier(shared_address(shared + SIDE_NEW + threadIdx.x * 16 + 8), 1);
     }

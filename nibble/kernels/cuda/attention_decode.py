@@ -25,7 +25,6 @@ VARIANTS: tuple[Defines, ...] = tuple((("HEAD_DIM", d), ("KV_FP16", f)) for d in
 BLOCK = 320  # eight warps that compute, two that copy
 SHARED_BYTES = 113 * 1024
 COMPUTING = 256
-SHARES_PER_BLOCK, SHARE_SPLITS = 8, 2  # at most, at least
 
 
 def record_size(head_dim: int) -> int:
@@ -48,13 +47,8 @@ def attention_decode(
     check_cache(kv_cache, layout)
     group_size, max_blocks = num_heads // layout.num_kv_heads, batch.block_tables.shape[1]
     head_tiles = layout.num_kv_heads * -(-group_size // HEADS_PER_TILE)
-    blocks_per_multiprocessor = 2 if has_large_shared_memory(device) and layout.head_dim <= 128 else 1
-    splits_per_row = max_splits(max_blocks)
-    num_splits = min(len(qkv), ROWS_PER_PLAN) * splits_per_row * head_tiles
-    num_blocks = min(num_splits, blocks_per_multiprocessor * device.num_multiprocessors)
-    max_shares = SHARES_PER_BLOCK * num_blocks
-    share_records = min(splits_per_row, max(SHARE_SPLITS, -(-num_splits // max_shares)) + 1) + 1
-    records = device.empty((max_shares * share_records, record_size(layout.head_dim)), np.float32)
+    num_blocks, share_records = _cut(device, layout, min(len(qkv), ROWS_PER_PLAN) * head_tiles, max_splits(max_blocks))
+    records = device.empty((num_blocks * share_records, record_size(layout.head_dim)), np.float32)
     out = device.empty((len(qkv), num_heads * layout.head_dim), np.float16)
     kernel = device.kernel("attention_decode", "attention_decode", defines(layout))
     for slice_plan in plan:  # one after the other: they share the memory for partial results
@@ -72,9 +66,18 @@ def attention_decode(
             np.int32(max_blocks),
             np.int32(num_heads),
             np.int32(layout.num_kv_heads),
-            np.int32(max_shares),
-            np.int32(SHARE_SPLITS),
             np.int32(share_records),
             shared_bytes=SHARED_BYTES if has_large_shared_memory(device) else SMALL_SHARED_BYTES,
         )
     return out
+
+
+def _cut(device: Device, layout: KVLayout, row_tiles: int, row_splits: int) -> tuple[int, int]:
+    """Of at most row_splits splits of each of row_tiles: thread blocks that share them, and records that each needs.
+
+    A thread block's share is at most an eighth longer than if all had the same (attention_decode_work.cuh).
+    """
+    blocks_per_multiprocessor = 2 if has_large_shared_memory(device) and layout.head_dim <= 128 else 1
+    num_blocks = max(1, min(row_tiles * row_splits, blocks_per_multiprocessor * device.num_multiprocessors))
+    share_splits = -(-row_tiles * row_splits // num_blocks)
+    return num_blocks, min(row_splits, share_splits + share_splits // 8) + 1

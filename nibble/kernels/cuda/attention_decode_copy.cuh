@@ -49,23 +49,6 @@ struct SideCopier {
         }
         side.advance();
     }
-
-    __device__ __forceinline__ void run(const Arguments& a, const Shares& shares) {
-        ShareSlot slot;
-        for (int share = blockIdx.x; share >= 0; slot.advance()) {
-            for_each_piece(a, shares, share, [&](const Piece& piece) { copy(a, piece); });
-            wait_barrier(slot.full(), slot.parity);
-            share = *slot.number();
-            __syncwarp();
-            if (threadIdx.x % WARP == 0) arrive(slot.free());
-        }
-        wait_barrier(side.free(), side.parity ^ 1);
-        if (threadIdx.x % WARP == 0) {
-            reinterpret_cast<Piece*>(side.bytes() + SIDE_PIECE)->share = -1;
-            arrive(side.full());
-        }
-        arrive_after_copies(side.full());
-    }
 };
 
 // Keys and values, group by group. Does not wait for the kernel before: what it reads was there when the plan was made.
@@ -89,21 +72,6 @@ struct CacheCopier {
             copy_group(a, tile, block, cached, used, 1);
             at += GROUP;
         } while (at < end);
-    }
-
-    __device__ __forceinline__ void run(const Arguments& a, const Shares& shares) {
-        ShareSlot slot;
-        for (int share = blockIdx.x; share >= 0; slot.advance()) {
-            for_each_piece(a, shares, share, [&](const Piece& piece) { copy(a, piece); });
-            grid_wait();
-            if (threadIdx.x % WARP == 0) {
-                share = shares.take(a);
-                wait_barrier(slot.free(), slot.parity ^ 1);
-                *slot.number() = share;
-                arrive(slot.full());
-            }
-            share = __shfl_sync(FULL_WARP, share, 0);
-        }
     }
 
     // Lane l has the block of tokens at + 64 (l % 4) and on, 0 where there is none

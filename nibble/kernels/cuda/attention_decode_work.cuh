@@ -1,9 +1,8 @@
 // Decode attention, see attention_decode.cu: which splits are a thread block's, and where it leaves their sums.
 //
 // All splits of all (row, head tile) lie in one line: row by row, in a row head tile by head tile, their splits in order.
-// A position in the line is called flat. The line is cut into equal shares: of pieces, of which only the first and the last
-// may be parts of a (row, head tile). A thread block starts with the share of its number and then takes what is left, one by
-// one: multiprocessors are not equally fast.
+// A position in the line is called flat. The line is cut into shares of equal length, one per thread block: of pieces, of
+// which only the first and the last may be parts of a (row, head tile).
 #pragma once
 #include "attention_decode.cuh"
 
@@ -15,7 +14,7 @@ struct Arguments {
     int* plan;
     float* records;
     uint16* out;
-    int num_counters, max_blocks, num_heads, num_kv_heads, max_shares, share_splits, share_records;
+    int num_counters, max_blocks, num_heads, num_kv_heads, share_records;
 
     __device__ __forceinline__ int group_size() const { return num_heads / num_kv_heads; }
     __device__ __forceinline__ int tiles() const { return (group_size() + HEADS - 1) / HEADS; }
@@ -50,32 +49,33 @@ struct HeadTile {
 
 // Share i has the flat positions start(i) .. start(i + 1) - 1.
 struct Shares {
-    uint32 total, count;
+    int total, length, count;
 
     __device__ __forceinline__ explicit Shares(const Arguments& a) {
-        total = __ldcg(a.plan) * a.head_tiles();
-        count = min(uint32(a.max_shares), total / a.share_splits);
-        count = max(count, min(total, gridDim.x));
+        int2 header = __ldcg(reinterpret_cast<const int2*>(a.plan));
+        total = header.x * a.head_tiles();
+        length = aligned((total + gridDim.x - 1) / gridDim.x, header.y);
+        count = total == 0 ? 0 : (total + length - 1) / length;
     }
-    __device__ __forceinline__ int start(uint32 share) const { return share * total / count; }
-    __device__ __forceinline__ int owner(uint32 flat) const { return ((flat + 1) * count - 1) / total; }
 
-    // The next one for a thread block that has done with its own; below 0: there is none. One thread, when the kernel
-    // before has ended, which may have used the same counter. The last of all to ask leaves it at zero.
-    __device__ __forceinline__ int take(const Arguments& a) const {
-        if (count <= gridDim.x) return -1;
-        int* taken = a.plan + PLAN_TAKEN;
-        uint32 share = gridDim.x + atomicAdd(taken, 1);
-        if (share == count + gridDim.x - 1) *taken = 0;
-        return share < count ? share : -1;
+    // The least length there can be, or up to an eighth more where all rows have as many splits and shares then hold whole
+    // rows or equal parts of them: what a cut row costs is more than what thread blocks then wait for each other.
+    // attention_decode.py knows how long they may become.
+    static __device__ __forceinline__ int aligned(int length, int row_splits) {
+        if (row_splits == 0) return length;
+        for (int longer = length; longer <= length + length / 8; longer++)
+            if (longer % row_splits == 0 || row_splits % longer == 0) return longer;
+        return length;
     }
+
+    __device__ __forceinline__ int start(int share) const { return min(share * length, total); }
+    __device__ __forceinline__ int owner(int flat) const { return flat / length; }
 };
 
 // Splits first .. stop - 1 of a (row, head tile)
 struct __align__(16) Piece {
     int row, sequence, context, flat;  // flat: of split 0
-    int tile, first, stop;
-    int share;  // below 0: no piece, there is no more work
+    int tile, first, stop, unused;
 
     __device__ __forceinline__ int start() const { return first * split_length(context); }
     __device__ __forceinline__ int end() const { return min(stop * split_length(context), context); }
@@ -93,7 +93,7 @@ struct __align__(16) Piece {
 static_assert(sizeof(Piece) == SIDE_PARAMETERS - SIDE_PIECE, "the piece's place in a side");
 
 // The piece that begins at `flat` of the share that ends at `stop`
-DEVICE Piece piece_at(const Arguments& a, const SplitEntry& entry, int share, int flat, int stop) {
+DEVICE Piece piece_at(const Arguments& a, const SplitEntry& entry, int flat, int stop) {
     int splits = num_splits(entry.context), local = flat - entry.first_entry * a.head_tiles();
     Piece piece;
     piece.row = entry.row;
@@ -103,17 +103,17 @@ DEVICE Piece piece_at(const Arguments& a, const SplitEntry& entry, int share, in
     piece.first = local % splits;
     piece.stop = min(splits, piece.first + stop - flat);
     piece.flat = flat - piece.first;
-    piece.share = share;
+    piece.unused = 0;
     return piece;
 }
 
-// Calls use(piece) for each piece of the share; what the plan says of the next one is under way meanwhile.
+// Calls use(piece) for each piece of this thread block's share; what the plan says of the next one is under way meanwhile.
 template <typename Use>
-DEVICE void for_each_piece(const Arguments& a, const Shares& shares, int share, Use use) {
-    int flat = shares.start(share), stop = shares.start(share + 1);
+DEVICE void for_each_piece(const Arguments& a, const Shares& shares, Use use) {
+    int flat = shares.start(blockIdx.x), stop = shares.start(blockIdx.x + 1);
     SplitEntry next = a.entry(flat);
     while (flat < stop) {
-        Piece piece = piece_at(a, next, share, flat, stop);
+        Piece piece = piece_at(a, next, flat, stop);
         flat += piece.stop - piece.first;
         if (flat < stop) next = a.entry(flat);
         use(piece);

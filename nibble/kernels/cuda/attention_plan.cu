@@ -62,12 +62,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         row_sequence[threadIdx.x] = sequence;
         row_context[threadIdx.x] = context;
     }
-    int num_entries;
+    int num_entries, different;
     int first = exclusive_sum(splits, num_entries);
     row_first[threadIdx.x] = first;
-    __syncthreads();
+    exclusive_sum(threadIdx.x < rows && splits * rows != num_entries, different);  // from the mean
 
-    if (threadIdx.x == 0) plan[0] = num_entries, plan[PLAN_TAKEN] = 0;
+    if (threadIdx.x == 0) {
+        plan[0] = num_entries;
+        plan[1] = different == 0 ? splits : 0;
+    }
     for (int i = threadIdx.x; i < num_counters; i += THREADS) plan[PLAN_HEADER + i] = 0;
     for (int i = threadIdx.x; i < num_entries; i += THREADS) {
         int r = last_not_after(row_first, rows, i);

@@ -27,10 +27,9 @@ struct __align__(16) SplitEntry {
     int first_entry;  // of the row's splits, which lie one after the other
 };
 
-// A plan of DECODE, for up to ROWS_PER_PLAN rows: the number of entries, a counter of shares of work that are taken, padding to
-// 16 bytes, counters (one per row and head tile), entries. Counters are zero, and left so by every kernel that uses them.
+// A plan of DECODE, for up to ROWS_PER_PLAN rows: the number of entries, the number of splits of a row if it is the same for all (or
+// 0), padding to 16 bytes, counters (one per row and head tile; zero, and left so by every kernel that uses them), entries.
 constexpr int PLAN_HEADER = 4;
-constexpr int PLAN_TAKEN = 1;
 constexpr int ROWS_PER_PLAN = 256;
 
 // One (sequence, query tile) of PREFILL. The plan: the number of entries, padding to 16 bytes, entries.
