@@ -8,6 +8,21 @@ DEVICE void copy_pieces(uint32 to, const void* from, int num_pieces) {
         copy_16_async(to + i * PIECE, static_cast<const uint8*>(from) + i * PIECE);
 }
 
+// What the cache holds is read once a step, and all of it: it should come in long runs, and push nothing out of the L2.
+DEVICE uint64 read_once() {
+    uint64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// 16 bytes, as copy_16_async; where `valid` is false, zeros are written and nothing is read
+DEVICE void copy_16_once(uint32 shared, const void* global, uint64 policy, bool valid = true) {
+    int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::256B [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),
+                 "r"(bytes), "l"(policy)
+                 : "memory");
+}
+
 // Everything but keys and values in the cache: waits for the kernel before, as late as possible. Makes the new token's.
 struct SideCopier {
     Side side;
@@ -55,6 +70,7 @@ struct SideCopier {
 struct CacheCopier {
     Place place;
     Scales scales;
+    uint64 policy = read_once();
 
     __device__ __forceinline__ void copy(const Arguments& a, const Piece& piece) {
         HeadTile tile(a, piece.tile);
@@ -95,7 +111,7 @@ struct CacheCopier {
 #pragma unroll 1
         for (int b = 0; b < GROUP_BLOCKS; b++) {
             const uint8* from = head_block(a, tile, block, b) + KEY_PARAMETERS + (threadIdx.x % WARP) * PIECE;
-            if (b * BLOCK_TOKENS + piece * 4 < cached) copy_16_async(to + b * BLOCK_TOKENS * 4, from);
+            if (b * BLOCK_TOKENS + piece * 4 < cached) copy_16_once(to + b * BLOCK_TOKENS * 4, from, policy);
         }
     }
 
@@ -121,23 +137,34 @@ struct CacheCopier {
     // Rows of a stage from `row` on: those before `cached` are copied, those from `used` on become zeros, because a
     // weight of 0 times what happens to lie there must not be NaN (INT8 has no NaN).
     template <int RUN>
-    static __device__ __forceinline__ void copy_run(uint8* stage, int row, const uint8* from, int cached, int used) {
+    __device__ __forceinline__ void copy_run(uint8* stage, int row, const uint8* from, int cached, int used) const {
         // Rows that the warp covers in a whole number of passes and after which the permutation repeats: few offsets
         constexpr int PERIOD = Rows::PIECES % 4 == 0 ? 8 : 16, PASSES = PERIOD * Rows::PIECES / WARP;
         static_assert(PERIOD * Rows::PIECES % WARP == 0 && RUN % PERIOD == 0, "whole passes");
-        int lane = threadIdx.x % WARP;
         uint32 to = shared_address(stage) + row * Rows::STRIDE;
-#pragma unroll 2
-        for (int k = 0; k < RUN; k += PERIOD) {
+        uint32 offsets[PASSES];
+#pragma unroll
+        for (int i = 0; i < PASSES; i++) {
+            int index = threadIdx.x % WARP + i * WARP;
+            offsets[i] = Rows::offset(index / Rows::PIECES, index % Rows::PIECES);
+        }
+        from += threadIdx.x % WARP * PIECE;
+        if (cached >= RUN) {  // most: one instruction for each 512 bytes
+#pragma unroll
+            for (int k = 0; k < RUN; k += PERIOD)
+#pragma unroll
+                for (int i = 0; i < PASSES; i++)
+                    copy_16_once(to + offsets[i] + k * Rows::STRIDE, from + k * ROW_BYTES + i * WARP * PIECE, policy);
+            return;
+        }
+#pragma unroll 1
+        for (int k = 0; k < RUN; k += PERIOD)
 #pragma unroll
             for (int i = 0; i < PASSES; i++) {
-                int index = lane + i * WARP, token = index / Rows::PIECES;
-                if (k + token < cached || k + token >= used)
-                    copy_16_async(to + Rows::offset(token, index % Rows::PIECES), from + index * PIECE,
-                                  k + token < cached);
+                int token = k + (threadIdx.x % WARP + i * WARP) / Rows::PIECES;
+                if (token < cached || token >= used)
+                    copy_16_once(to + offsets[i] + k * Rows::STRIDE, from + k * ROW_BYTES + i * WARP * PIECE, policy,
+                                 token < cached);
             }
-            to += PERIOD * Rows::STRIDE;
-            from += PERIOD * ROW_BYTES;
-        }
     }
 };
