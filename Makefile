@@ -49,8 +49,6 @@ test-gpu: $(VENV)/dev.stamp ## The tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 # Each in a process of its own, after one without a tool that fills the cache of kernels. A finding is an error.
-# racecheck does not see what __syncwarp() orders before one lane arrives at a barrier: it reports decode attention
-# (head_dim 96 and more), which it does not when all lanes arrive.
 sanitize-gpu: $(VENV)/dev.stamp ## Every CUDA kernel on small cases under compute-sanitizer (memcheck, racecheck, ...)
 	$(BIN)/python -m tests.kernels.cuda.sanitize
 	compute-sanitizer --tool memcheck --report-api-errors no --padding 512 --error-exitcode 1 $(BIN)/python -m tests.kernels.cuda.sanitize

@@ -69,7 +69,7 @@ struct Computer {
             else
                 split.store(record_at(a, first_record(a, blockIdx.x) + record++), tile.num_heads);
         } while (at < end);
-        release(side.free());
+        arrive(side.free());
         side.advance();
     }
 
@@ -83,7 +83,7 @@ struct Computer {
         new_token.place_value_parameters(scales.bytes());
         state.weigh(scales.bytes(), count, scores);
         if constexpr (!IS_FP16) {
-            release(scales.free());
+            arrive(scales.free());
             scales.advance();
         }
         new_token.place_value(place);

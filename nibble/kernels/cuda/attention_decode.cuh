@@ -73,12 +73,6 @@ static_assert(RING % 16 == 0 && SCALES % 16 == 0 && SIDES % 16 == 0 && SIDE_BYTE
 
 extern __shared__ __align__(128) uint8 shared[];
 
-// Computing warps, when they have used what `barrier` says is free
-DEVICE void release(uint32 barrier) {
-    __syncwarp();
-    if (threadIdx.x % WARP == 0) arrive(barrier);
-}
-
 // A place in the ring, and the parity of the phase that its barriers are in
 struct Place {
     int stage = 0, parity = 0;
@@ -118,15 +112,17 @@ struct Side : Turn {
     }
 };
 
+// What is free says every computing thread for itself: __syncwarp() and one lane's arrival take as long, and racecheck does
+// not follow that order.
 DEVICE void init_barriers() {
     if (threadIdx.x < STAGES) {
         init_barrier(shared_address(shared + FULL + threadIdx.x * 8), WARP);
-        init_barrier(shared_address(shared + FREE + threadIdx.x * 8), WARPS);
+        init_barrier(shared_address(shared + FREE + threadIdx.x * 8), COMPUTING);
     }
     if (threadIdx.x < 2) {
-        init_barrier(shared_address(shared + SCALES_FREE + threadIdx.x * 8), WARPS);
+        init_barrier(shared_address(shared + SCALES_FREE + threadIdx.x * 8), COMPUTING);
         init_barrier(shared_address(shared + SIDE_FULL + threadIdx.x * 8), WARP + 1);
-        init_barrier(shared_address(shared + SIDE_FREE + threadIdx.x * 8), WARPS);
+        init_barrier(shared_address(shared + SIDE_FREE + threadIdx.x * 8), COMPUTING);
         init_barrier(shared_address(shared + SIDE_NEW + threadIdx.x * 16), 1);
         init_barrier(shared_address(shared + SIDE_NEW + threadIdx.x * 16 + 8), 1);
     }

@@ -93,7 +93,7 @@ struct State {
                 for (int r = 0; r < 2; r++) 
                     scale(scales, token + 8 * r + g, count, q_sums, scores[i][2 * r], scores[i][2 * r + 1]);
             }
-            release(place.free());
+            arrive(place.free());
             place.advance();
         }
     }
@@ -193,7 +193,7 @@ struct State {
             if (s > 0 && s * STAGE >= count) break;
             wait_barrier(place.full(), place.parity);
             if (threadIdx.x < DIM_TILES * TOKEN_PARTS * WARP) multiply_stage(place.bytes(), s * STAGE);
-            release(place.free());
+            arrive(place.free());
             place.advance();
         }
     }

@@ -4,9 +4,6 @@
 of bounds that hit a neighbour, races that happen to end well. Every array is an allocation of its own here, for the
 tools know allocations alone: no pool, no workspace. Results are tested elsewhere; here they only have to be finite.
 
-Racecheck (2025.3) does not know that __syncwarp() orders what a warp has read before the arrival of its one lane at a
-barrier: it reports writes after reads of decode attention's ring. With every lane arriving it reports none.
-
 Exits with 1 where a kernel of the package was not launched.
 """
 
