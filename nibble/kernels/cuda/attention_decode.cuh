@@ -56,7 +56,8 @@ constexpr int SIDE_FREE = SIDE_FULL + 2 * 8;
 constexpr int SIDE_NEW = SIDE_FREE + 2 * 8;  // uint64 [2 sides][2]: the new token's key, its value
 constexpr int SCALES = SIDE_NEW + 4 * 8;
 constexpr int SIDES = SCALES + 2 * SCALES_BYTES;
-constexpr int RING = SIDES + 2 * SIDE_BYTES;
+// 32 bytes that lie together in memory do so in shared memory: a version with the ring at 16 more was 9 % slower
+constexpr int RING = (SIDES + 2 * SIDE_BYTES + 63) / 64 * 64;
 
 // Leaves room for a thread block of the next kernel beside this one, or for a second one of this
 #if __CUDA_ARCH__ == 800 || __CUDA_ARCH__ >= 900
@@ -69,7 +70,7 @@ constexpr int BLOCKS_PER_MULTIPROCESSOR = 1;
 constexpr int shared_bytes(int stages) { return RING + stages * STAGE_BYTES; }
 constexpr int STAGES = shared_bytes(6) <= SHARED_BYTES ? 6 : shared_bytes(5) <= SHARED_BYTES ? 5 : 4;
 static_assert(shared_bytes(STAGES) <= SHARED_BYTES, "the ring is too large");
-static_assert(RING % 16 == 0 && SCALES % 16 == 0 && SIDES % 16 == 0 && SIDE_BYTES % 16 == 0, "copies need alignment");
+static_assert(STAGE_BYTES % 64 == 0 && SCALES % 16 == 0 && SIDES % 16 == 0 && SIDE_BYTES % 16 == 0, "copies need alignment");
 
 extern __shared__ __align__(128) uint8 shared[];
 
