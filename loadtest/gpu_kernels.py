@@ -54,7 +54,7 @@ def all_timings(kernels: CUDAKernels) -> Iterator[Timing]:
 
 
 def attention_timings(kernels: CUDAKernels) -> Iterator[Timing]:
-    num_bytes = max(int(max(case.kv_bytes for case in ATTENTION)), 2 * bench_attention.COLD_BYTES)
+    num_bytes = max(max(case.cache_bytes for case in ATTENTION), 2 * bench_attention.COLD_BYTES)
     # Random bytes, but no NaN among the scales: fp16 of exponents below 16
     part = np.random.default_rng(0).integers(0, 1 << 16, 8 << 20, np.uint16) & np.uint16(0xBBFF)
     memory = cupy.empty(num_bytes, np.uint8)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import cupy
 import numpy as np
+import numpy.typing as npt
 
 from nibble.kernels.cuda import attention
 from nibble.kernels.cuda.append_kv import rope_append_kv
@@ -22,7 +23,7 @@ from nibble.kernels.interface import AttentionBatch, AttentionStep, Mode
 from nibble.kernels.layout import BLOCK_SIZE, KVDtype, KVLayout
 
 COLD_BYTES = 200 << 20  # four times the L2 of an H100
-MAX_CACHES = 64
+MAX_CACHES = 256  # the smallest case has 0.5 MB
 MIN_LAUNCHES = 8  # in a graph: the time from the event before it to its first kernel is not attention's
 REPLAYS = 7
 WORKSPACE_BYTES = 2 << 30
@@ -39,14 +40,27 @@ class Case:
     num_kv_heads: int = 8
     head_dim: int = 128
     dtype: KVDtype = KVDtype.INT8
+    shortest: int = 0  # where contexts differ: from this to `context`, evenly on a logarithmic scale
 
     @property
     def layout(self) -> KVLayout:
         return KVLayout(self.num_kv_heads, self.head_dim, self.dtype)
 
     @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """(batch,), in no order"""
+        lengths = np.rint(np.geomspace(self.shortest or self.context, self.context, self.batch)).astype(np.int32)
+        return np.random.default_rng(0).permutation(lengths)
+
+    @property
     def kv_bytes(self) -> float:
-        return self.batch * self.context * self.layout.block_bytes / BLOCK_SIZE
+        """Of all tokens' keys and values."""
+        return float(self.lengths.sum()) * self.layout.block_bytes / BLOCK_SIZE
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of all blocks: as many for each sequence as for the longest."""
+        return self.batch * -(-self.context // BLOCK_SIZE) * self.layout.block_bytes
 
     @property
     def flops(self) -> float:
@@ -62,16 +76,16 @@ class Bench:
         self.mode = Mode.DECODE if case.queries == 1 else Mode.PREFILL
         blocks = -(-case.context // BLOCK_SIZE)
         num_blocks = blocks * case.batch
-        size = num_blocks * case.layout.block_bytes
+        size = case.cache_bytes
         count = min(MAX_CACHES, len(memory) // size, max(1, -(-COLD_BYTES // size)))
         shape = (num_blocks, case.num_kv_heads, case.layout.head_block_bytes)
         self.caches = [memory[i * size : (i + 1) * size].reshape(shape) for i in range(count)]
         tables = np.random.default_rng(0).permutation(num_blocks).astype(np.int32).reshape(case.batch, blocks)
         starts = np.arange(case.batch + 1, dtype=np.int32) * case.queries
-        lengths = np.full(case.batch, case.context, np.int32)
+        lengths = case.lengths
         self.arrays = AttentionBatch(cupy.asarray(starts), cupy.asarray(lengths), cupy.asarray(tables))
         self.num_tokens = case.batch * case.queries
-        position = np.tile(np.arange(case.context - case.queries, case.context), case.batch)
+        position = (lengths[:, None] + np.arange(-case.queries, 0)).reshape(-1)
         slots = tables.repeat(case.queries, axis=0)[np.arange(self.num_tokens), position // BLOCK_SIZE]
         self.positions = cupy.asarray(position.astype(np.int32))
         self.slots = cupy.asarray(slots.astype(np.int64) * BLOCK_SIZE + position % BLOCK_SIZE)
@@ -141,16 +155,18 @@ def report(device: Device, case: Case, memory: cupy.ndarray) -> None:
         else:
             append_us = bench.append()
             speed = f"{case.flops / (us - append_us) / 1e6:6.1f} TFLOP/s, append {append_us:.1f} us"
-        line = f"{name} ctx {case.context:5} new {case.queries:4}: {us:8.2f} us {speed}, plan {plan_us:.1f} us"
+        context = f"{case.shortest}-{case.context}" if case.shortest else f"{case.context}"
+        line = f"{name} ctx {context:>8} new {case.queries:4}: {us:8.2f} us {speed}, plan {plan_us:.1f} us"
         print(line, flush=True)  # noqa: T201  # a command
 
 
 def cases(which: str) -> list[Case]:
     decode = [Case(b, c) for c in (256, 640, 1024, 4096) for b in (1, 8, 32, 64, 128, 256)]
+    decode += [Case(40, 4096), Case(64, 8192, shortest=128), Case(200, 4096, shortest=64)]
     prefill = [Case(1, 2048, 2048), Case(1, 8192, 8192), Case(8, 1024, 1024), Case(1, 8192, 1024)]
     prefill.append(Case(1, 8192, 8192, dtype=KVDtype.FP16))
     if which == "quick":
-        keep = [(1, 256), (1, 1024), (1, 4096), (8, 1024), (32, 4096), (64, 640), (128, 1024), (256, 640)]
+        keep = [(1, 256), (1, 1024), (1, 4096), (8, 1024), (32, 4096), (64, 640), (128, 1024), (256, 640), (64, 8192)]
         return [case for case in decode if (case.batch, case.context) in keep] + prefill[:2]
     decode += [Case(b, 1024, dtype=KVDtype.FP16) for b in (1, 32, 128)]
     decode += [Case(b, 1024, num_heads=28, num_kv_heads=4) for b in (1, 64)]
@@ -165,7 +181,7 @@ def main() -> None:
     chosen = cases(parser.parse_args().which)
     device = Device(0, WORKSPACE_BYTES)
     print(device.name)  # noqa: T201  # a command
-    memory = cupy.empty(max(int(max(c.kv_bytes for c in chosen)), 2 * COLD_BYTES), np.uint8)
+    memory = cupy.empty(max(max(c.cache_bytes for c in chosen), 2 * COLD_BYTES), np.uint8)
     # Random bytes, but no NaN among the scales: fp16 of exponents below 16
     memory.view(np.uint32)[...] = cupy.random.randint(0, 2**31 - 1, len(memory) // 4, dtype=np.int32).view(np.uint32)
     memory.view(np.uint16)[...] &= np.uint16(0xBBFF)
