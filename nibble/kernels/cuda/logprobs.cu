@@ -27,12 +27,6 @@ struct Shared {
 // Logits in their order, equal ones by falling id; 0 is less than any
 DEVICE uint64 key_of(float logit, int id) { return uint64(order_of(logit)) << 32 | ~uint32(id); }
 
-DEVICE float power_of_2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 DEVICE float log_2(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

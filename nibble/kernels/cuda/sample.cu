@@ -30,7 +30,7 @@ constexpr int PART = BINS / CLUSTER;  // bins that a thread block adds up
 constexpr int CAPACITY = THREADS;     // candidates that are sorted at once
 constexpr int FIRST_SHIFT = 64 - BIN_BITS;
 constexpr int MOST_LOGITS = 32000;    // of a thread block, whose units of 17 bits add up in 32
-constexpr bool CARRIES = CLUSTER == 1;  // has more of them
+constexpr bool CARRIES = CLUSTER == 1;  // has more of them: also the head's sums have carries
 static_assert(PART <= THREADS && PART % WARP == 0 && WARPS > CLUSTER && WARPS <= WARP, "");
 
 enum Step { TOP_K, TOP_P, DRAW };
@@ -43,7 +43,7 @@ constexpr int PLACE_WORDS = sizeof(Place) / sizeof(uint64);
 
 struct Shared {
     uint32 units[BINS], counts[BINS];  // of this thread block's slice
-    uint32 carries[CARRIES ? BINS : 1];
+    uint32 carries[BINS];
     uint64 part_weights[CLUSTER][CLUSTER];  // [thread block][part of the bins]
     uint64 part_counts[CLUSTER][CLUSTER];
     uint64 best[CLUSTER], worst[CLUSTER], bad[CLUSTER], tail[CLUSTER], above_min_p[CLUSTER];
@@ -150,16 +150,19 @@ struct Sampler {
     // To be followed by a barrier
     __device__ void clear() {
         for (int i = thread; i < BINS; i += THREADS) {
-            shared.units[i] = shared.counts[i] = 0;
-            if (CARRIES) shared.carries[i] = 0;
+            shared.units[i] = shared.counts[i] = shared.carries[i] = 0;
         }
     }
 
-    __device__ void add(int bin, uint32 units) {
-        if (!CARRIES)
+    __device__ void add_head(int bin, uint32 units) {
+        if (CARRIES)
+            add_tail(bin, units);
+        else
             atomicAdd(&shared.units[bin], units);
-        else if (atomicAdd(&shared.units[bin], units) > ~units)
-            atomicAdd(&shared.carries[bin], 1u);
+    }
+
+    __device__ void add_tail(int bin, uint32 units) {
+        if (atomicAdd(&shared.units[bin], units) > ~units) atomicAdd(&shared.carries[bin], 1u);
     }
 
     // The head to bins; sums of the tail and of what min_p leaves
@@ -169,12 +172,16 @@ struct Sampler {
         uint64 above = 0, tail = 0;
         for_each<1>([&](float logit, int) {
             const float t = scale.t(logit);
-            const Weight weight = scale.weigh(t);
-            const uint64 value = weight.value();
-            above += t <= last_t ? value : 0;
-            tail += t < HEAD_END ? 0 : value;
-            if (t < HEAD_END) add(weight.bin, weight.units);
-            if (counts && t < HEAD_END) atomicAdd(&shared.counts[weight.bin], 1u);
+            if (t >= HEAD_END) {  // most of them
+                const uint32 units = Scale::tail_units(t);
+                tail += units;
+                if (t <= last_t) above += units;
+                return;
+            }
+            const Weight weight = scale.weigh_head(t);
+            if (t <= last_t) above += weight.value();
+            add_head(weight.bin, weight.units);
+            if (counts) atomicAdd(&shared.counts[weight.bin], 1u);
         });
         above = warp_sum_64(above);
         tail = warp_sum_64(tail);
@@ -197,7 +204,7 @@ struct Sampler {
         for_each<1>([&](float logit, int) {
             const Weight weight = scale.weigh(scale.t(logit));
             if (weight.bin < BINS || weight.units == 0) return;
-            add(weight.bin - BINS, weight.units);
+            add_tail(weight.bin - BINS, weight.units);
             atomicAdd(&shared.counts[weight.bin - BINS], 1u);
         });
         __syncthreads();
@@ -217,26 +224,25 @@ struct Sampler {
                 if (shift == FIRST_SHIFT || value >> (shift + BIN_BITS) == prefix) place = int(value >> shift & (BINS - 1));
             }
             uint32 units = weight.units, count = 1;
-            if (__all_sync(FULL_WARP, place == __shfl_sync(FULL_WARP, place, 0))) {
+            // (Not in the tail, whose units would not fit the sum)
+            if (first_bin < BINS && __all_sync(FULL_WARP, place == __shfl_sync(FULL_WARP, place, 0))) {
                 units = __reduce_add_sync(FULL_WARP, units);
                 count = WARP;
                 if (lane > 0) return;
             }
             if (place < 0) return;
-            add(place, units);
+            add_tail(place, units);
             atomicAdd(&shared.counts[place], count);
         });
         __syncthreads();
         publish_parts(DIGIT, shift_of(first_bin));
     }
 
-    // Weights of the head's and the tail's bins are units << this; the digits' bins are of one such bin
+    // Weights of the bins are units << this; the digits' bins are of one bin of the head or the tail
     __device__ int shift_of(int bin) const {
-        const bool in_tail = bin >= BINS;
-        const float start = in_tail ? HEAD_END : 0.0f, place = float(in_tail ? bin - BINS : bin);
-        const float power = __fmaf_rn(place, in_tail ? scale.per_bin[1] : scale.per_bin[0], start - 0.5f);
-        const int shift = 43 - scale.unit_bits - int(fmaxf(__fsub_rn(__fadd_rn(power, ROUND), ROUND), 0.0f));
-        return shift > 0 ? shift : 0;
+        if (bin >= BINS) return 0;
+        const float power = __fmaf_rn(float(bin), scale.per_bin, -0.5f);
+        return 43 - scale.unit_bits - int(fmaxf(__fsub_rn(__fadd_rn(power, ROUND), ROUND), 0.0f));
     }
 
     __device__ int shift_of(Contents contents, int digit_shift, int bin) const {
@@ -248,8 +254,7 @@ struct Sampler {
         if (warp < CLUSTER) {
             uint64 weight = 0, count = 0;
             for (int i = warp * PART + lane; i < (warp + 1) * PART; i += WARP) {
-                weight += (uint64(CARRIES ? shared.carries[i] : 0) << 32 | shared.units[i])
-                          << shift_of(contents, digit_shift, i);
+                weight += (uint64(shared.carries[i]) << 32 | shared.units[i]) << shift_of(contents, digit_shift, i);
                 count += shared.counts[i];
             }
             weight = warp_sum_64(weight);
@@ -315,7 +320,7 @@ struct Sampler {
                                  uint64 weight, uint64 count) {
         if (thread < PART) {
             const int bin = rank * PART + thread;
-            uint64 bin_weight = CARRIES ? uint64(shared.carries[bin]) << 32 : 0;
+            uint64 bin_weight = 0;
             uint32 bin_count = 0, units[CLUSTER], counts[CLUSTER];
 #pragma unroll
             for (int source = 0; source < CLUSTER; source++) {
@@ -325,6 +330,11 @@ struct Sampler {
 #pragma unroll
             for (int source = 0; source < CLUSTER; source++)
                 bin_weight += units[source], bin_count += counts[source];
+            if (CARRIES || contents != HEAD) {
+#pragma unroll 1
+                for (int source = 0; source < CLUSTER; source++)
+                    bin_weight += uint64(load_remote(&shared.carries[bin], source)) << 32;
+            }
             shared.weights[thread] = bin_weight << shift_of(contents, digit_shift, bin);
             shared.part_count[thread] = bin_count;
         }
@@ -510,7 +520,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLUSTER > 1 ? 2 : 1)
     sampler.top_p = top_p[row];
     sampler.min_p = min_p[row];
     const uint64 seed = seeds[row], position = positions[row];
-    if (keeps) sampler.keep(slice);
+    if (keeps && row_temperature != 0) sampler.keep(slice);  // one pass is all that the others make
     const uint64 best = sampler.find_largest();
     int token = best ? int(~uint32(best)) : -1;
     if (best && row_temperature != 0) {

@@ -131,8 +131,9 @@ constexpr float HEAD_END = 14;   // in powers of two below the largest weight
 constexpr float TAIL_END = 44;   // less weighs nothing
 constexpr float ROUND = 12582912.0f;  // added to and subtracted from |x| < 2^22, rounds it to an integer, which its bits show
 
-// A weight is units << shift; the largest logit's is 2^43. The shift belongs to a bin, whose units (2^17 at most, 2^15
-// where a thread block has more than 2^15 logits) can so be added up in 32 bits.
+// A weight is units << shift; the largest logit's is 2^43. The shift belongs to a bin. Units of the head (2^17 at most, 2^15
+// where a thread block has more than 2^15 logits) can so be added up in 32 bits; those of the tail, 2^29 at most and never
+// shifted, are added up with a carry.
 struct Weight {
     int bin;  // 0 .. of the head, BINS .. of the tail, in order of falling logit
     uint32 units;
@@ -141,12 +142,18 @@ struct Weight {
     __device__ uint64 value() const { return uint64(units) << shift; }
 };
 
+DEVICE float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // The weights of a row: 2^-t, t = (largest - logit) * log2(e) / temperature, as integers, which add up exactly and in any
 // order. One is rounded by 2^-unit_bits of itself at most (and by 2^-44 of the largest).
 struct Scale {
     float largest, factor;
     int unit_bits;  // 17 or 15
-    float per_t[2], per_bin[2];  // bins per unit of t and the reverse, of head and tail; they cover what the row has
+    float per_t, per_bin;  // the head's bins per unit of t and the reverse; they cover what the row has
 
     DEVICE Scale of(float largest, float smallest, float temperature, int unit_bits) {
         Scale scale;
@@ -156,28 +163,36 @@ struct Scale {
         scale.factor = __fdiv_rn(1.4426950408889634f, fmaxf(temperature, 1e-30f));
         const float range = __fmul_rn(__fsub_rn(largest, smallest), scale.factor);
         const float head = fmaxf(fminf(range, HEAD_END), 1e-3f);
-        const float tail = fmaxf(fminf(range, TAIL_END) - HEAD_END, 1e-3f);
-        scale.per_t[0] = __fdiv_rn(BINS - 1, head), scale.per_bin[0] = __fdiv_rn(head, BINS - 1);
-        scale.per_t[1] = __fdiv_rn(BINS - 1, tail), scale.per_bin[1] = __fdiv_rn(tail, BINS - 1);
+        scale.per_t = __fdiv_rn(BINS - 1, head), scale.per_bin = __fdiv_rn(head, BINS - 1);
         return scale;
     }
 
     // Rises as logits fall. Every operation is rounded as written, so that all passes agree.
     __device__ float t(float logit) const { return fminf(__fmul_rn(__fsub_rn(largest, logit), factor), 60.0f); }
 
-    __device__ Weight weigh(float t) const {
-        const bool in_tail = t >= HEAD_END;
-        const float start = in_tail ? HEAD_END : 0.0f;
-        const float place = __fmaf_rn(__fsub_rn(t, start), in_tail ? per_t[1] : per_t[0], ROUND);
+    // The units of a weight of the tail; few operations, for most logits are there
+    DEVICE uint32 tail_units(float t) {
+        uint32 units;
+        asm("cvt.rni.u32.f32 %0, %1;" : "=r"(units) : "f"(power_of_2(__fsub_rn(43.0f, t))));
+        return units;
+    }
+
+    __device__ Weight weigh_head(float t) const {
+        const float place = __fmaf_rn(t, per_t, ROUND);
         const float bin = fminf(__fsub_rn(place, ROUND), BINS - 1);
         // The bin's power of two; t is less than 1 + 2 bins beyond it
-        const float power = __fmaf_rn(bin, in_tail ? per_bin[1] : per_bin[0], start - 0.5f);
+        const float power = __fmaf_rn(bin, per_bin, -0.5f);
         const float whole = fmaxf(__fsub_rn(__fadd_rn(power, ROUND), ROUND), 0.0f);
-        float units;
-        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(units) : "f"(__fsub_rn(fminf(whole + unit_bits, 43.0f), t)));
-        return {int(__float_as_uint(__fadd_rn(bin, ROUND)) & 0xffff) + (in_tail ? BINS : 0),
+        const float units = power_of_2(__fsub_rn(whole + unit_bits, t));
+        return {int(__float_as_uint(__fadd_rn(bin, ROUND)) & 0xffff),
                 __float_as_uint(__fadd_rn(units, 8388608.0f)) & 0x7fffff,
-                max(43 - unit_bits - int(__float_as_uint(__fadd_rn(whole, ROUND)) & 0xff), 0)};
+                43 - unit_bits - int(__float_as_uint(__fadd_rn(whole, ROUND)) & 0xff)};
+    }
+
+    __device__ Weight weigh(float t) const {
+        if (t < HEAD_END) return weigh_head(t);
+        const float place = fminf(__fmul_rn(__fsub_rn(t, HEAD_END), (BINS - 1) / (TAIL_END - HEAD_END)), BINS - 1);
+        return {BINS + int(place), tail_units(t), 0};
     }
 };
 
