@@ -15,7 +15,8 @@ from nibble.service.gateway.generation import Delta, Generation, Usage
 from nibble.service.gateway.logprobs import TokenLogprob
 from nibble.service.gateway.shapes import Shape
 
-KEEP_ALIVE = b": keep-alive\n\n"
+# No blank line: to the `openai` client one ends an event, without data, once it has seen an id.
+KEEP_ALIVE = b": keep-alive\n"
 DONE = b"data: [DONE]\n\n"
 _TEXT = "@TEXT@"  # stands for the text while a template is made; no other field can hold it, see _escaped
 

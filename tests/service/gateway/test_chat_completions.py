@@ -313,6 +313,15 @@ def test_silence_is_filled_with_comments(run_gateway: Callable[..., Any]) -> Non
         assert lines[-2:] == ["data: [DONE]", ""]
 
 
+def test_openai_client_reads_over_the_comments(run_gateway: Callable[..., Any]) -> None:
+    with run_gateway(keep_alive_s=0.05) as running:
+        running.worker.gate.clear()
+        chunks = running.openai().chat.completions.create(**BODY, stream=True)
+        next(iter(chunks))  # the opening one, with an id
+        threading.Timer(0.3, running.worker.gate.set).start()
+        assert [chunk.choices[0].finish_reason for chunk in chunks][-1] is not None
+
+
 # Overload
 
 
