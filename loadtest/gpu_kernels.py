@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import cupy
 import msgspec
 import numpy as np
 
@@ -54,14 +53,7 @@ def all_timings(kernels: CUDAKernels) -> Iterator[Timing]:
 
 
 def attention_timings(kernels: CUDAKernels) -> Iterator[Timing]:
-    num_bytes = max(max(case.cache_bytes for case in ATTENTION), 2 * bench_attention.COLD_BYTES)
-    # Random bytes, but no NaN among the scales: fp16 of exponents below 16
-    part = np.random.default_rng(0).integers(0, 1 << 16, 8 << 20, np.uint16) & np.uint16(0xBBFF)
-    memory = cupy.empty(num_bytes, np.uint8)
-    source = kernels.to_device(part)
-    for start in range(0, num_bytes, source.nbytes):
-        stop = min(start + source.nbytes, num_bytes)
-        memory[start:stop].data.copy_from_device(source.data, stop - start)
+    memory = bench_attention.random_memory(ATTENTION)
     for case in ATTENTION:
         with kernels.temporaries():
             bench = bench_attention.Bench(kernels.device, case, memory)
