@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from model_logits import (
     TEXT,
     TINY_SHAPES,
@@ -66,8 +67,8 @@ def engine(demo_checkpoint: Path, kernels: CUDAKernels) -> LLMEngine:
 
 @pytest.fixture(scope="module")
 def reference(demo_checkpoint: Path) -> LlamaForCausalLM:
-    """The same dequantised weights in float32."""
-    return load_as_transformers(demo_checkpoint).cuda()
+    """The same dequantised weights in float32, on the GPU where this build of PyTorch can."""
+    return load_as_transformers(demo_checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="module")
