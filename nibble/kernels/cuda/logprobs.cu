@@ -9,7 +9,7 @@
 //
 // Measured in a graph of 10, NVIDIA H100 80GB HBM3, 128256 logits, us: no others 20 for 1 row and 21 for 64, 5 others 24 and
 // 25, 20 others 34 and 36; no row that wants any: 1.0 and 1.2. One multiprocessor reads a row at 25 GB/s here.
-#include "sample.cuh"
+#include "logits.cuh"
 
 constexpr int BLOCK = 1024;
 constexpr int WARPS = BLOCK / WARP;

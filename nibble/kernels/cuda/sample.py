@@ -11,7 +11,7 @@ from nibble.kernels.sampling import SamplingBatch
 
 VARIANTS: tuple[Defines, ...] = ((),)
 
-# A row is a cluster of thread blocks where the device has clusters, one thread block where not; as in sample.cuh.
+# A row is a cluster of thread blocks where the device has clusters, one thread block where not: sample_cluster.cuh.
 CLUSTER, CLUSTER_THREADS = 8, 512
 SINGLE_THREADS = 1024
 STATIC_SHARED_BYTES = 32 << 10  # an upper bound of what sample.cu declares

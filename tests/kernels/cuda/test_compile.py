@@ -15,10 +15,10 @@ from nibble.kernels.cuda.errors import CompileError
 from nibble.kernels.cuda.variants import all_variants, compile_all
 
 ARCHITECTURE = "sm_80"
-# (stem, kernel) -> what ptxas may spill there: outside the inner loop, as its machine code shows.
-TOLERATED_SPILL_BYTES: dict[tuple[str, str], int] = {
-    ("sample", "sample"): 64,
-    ("int4_linear", "int4_linear_32"): 40,  # on sm_90a, which has int4_mma and int4_wgmma instead
+# (architecture, stem, kernel) -> what ptxas may spill there: outside the inner loop, as its machine code shows.
+TOLERATED_SPILL_BYTES: dict[tuple[str, str, str], int] = {
+    ("sm_90a", "sample", "sample"): 32,
+    ("sm_90a", "int4_linear", "int4_linear_32"): 40,  # int4_mma and int4_wgmma take its work there
 }
 SOURCE = """
 #include "shared.cuh"
@@ -72,7 +72,8 @@ def test_every_kernel_compiles_without_spilling(architecture: str) -> None:
         faults += [
             f"{stem} {dict(defines)} {name}: {resources}"
             for name, resources in cubin.resources.items()
-            if max(resources.spill_bytes, resources.stack_bytes) > TOLERATED_SPILL_BYTES.get((stem, name), 0)
+            if max(resources.spill_bytes, resources.stack_bytes)
+            > TOLERATED_SPILL_BYTES.get((architecture, stem, name), 0)
         ]
     assert not faults
 
