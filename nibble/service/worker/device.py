@@ -16,6 +16,7 @@ from nibble.service.worker.settings import WorkerSettings
 logger = logging.getLogger(__name__)
 
 LEAST_CAPABILITY = (8, 0)
+LEAST_CUDA = 13000  # of the driver: what CuPy and the compiler of the kernels are of
 CPU_DEFAULTS = (64, 512)  # sequences, tokens of a step
 # Four times as many prefill 5 % faster, but others wait 160 ms, not 92, beside a prompt of 8k (docs/performance.md).
 CUDA_DEFAULTS = (256, 2048)
@@ -50,6 +51,10 @@ def gpu_problem() -> str | None:
     count = ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
         return "the NVIDIA driver sees no GPU"
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    if version.value < LEAST_CUDA:
+        return f"the NVIDIA driver is for CUDA {version.value // 1000}.{version.value % 1000 // 10}, the least is 13.0"
     major, minor = ctypes.c_int(), ctypes.c_int()
     driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, 0)
     driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, 0)

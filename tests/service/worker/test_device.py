@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,43 @@ def test_without_a_usable_gpu_auto_takes_the_cpu_and_cuda_is_an_error(monkeypatc
     assert not device.uses_cuda(settings())
     with pytest.raises(SettingsError, match=r"NIBBLE_DEVICE: the NVIDIA driver sees no GPU \(got 'cuda'\)"):
         device.uses_cuda(settings(device="cuda"))
+
+
+class Driver:
+    """What is asked of libcuda."""
+
+    def __init__(self, num_gpus: int = 1, version: int = 13000, capability: tuple[int, int] = (9, 0)) -> None:
+        self._num_gpus, self._version, self._capability = num_gpus, version, capability
+
+    def cuInit(self, flags: int) -> int:
+        return 0 if self._num_gpus else 100  # CUDA_ERROR_NO_DEVICE
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = self._num_gpus
+        return 0
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = self._version
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, index: int) -> int:
+        value._obj.value = self._capability[attribute - 75]
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "problem"),
+    [
+        (Driver(num_gpus=0), "the NVIDIA driver sees no GPU"),
+        (Driver(version=12080), "the NVIDIA driver is for CUDA 12.8, the least is 13.0"),
+        (Driver(capability=(7, 5)), "the GPU has compute capability 7.5, the least is 8.0"),
+        (Driver(version=13020, capability=(12, 0)), None),
+    ],
+)
+def test_what_keeps_a_gpu_from_being_used(monkeypatch: pytest.MonkeyPatch, driver: Driver, problem: str | None) -> None:
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: object())
+    assert device.gpu_problem() == problem
 
 
 def test_a_gpu_has_larger_steps_and_a_kv_cache_of_what_is_left() -> None:
