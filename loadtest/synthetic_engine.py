@@ -11,8 +11,8 @@ import time
 from array import array
 from collections.abc import Sequence
 
-from nibble.engine.llm_engine import EngineStats
 from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
+from nibble.engine.stats import EngineStats
 
 
 class SyntheticEngine:

@@ -2,8 +2,12 @@
 
 A slot holds a sequence's tokens up to a length (`kernels/slots.py`), and every step that samples adds one, on the
 device. So nothing has to be told when a sequence ends, is preempted or comes back: a slot that holds all tokens but the
-newest is right, and any other is written anew from the token list. The one that was not used for longest is given away
-first.
+newest is right, and any other is written anew from the token list, unless no adjustment depends on tokens. The one that
+was not used for longest is given away first.
+
+A step that verifies drafts samples several tokens of a sequence over one slot. Each of them would have to see the
+drafts before it, and the slot none of those that turn out to be wrong: that is why sequences have no drafts where
+adjustments depend on tokens. Others depend on the index of the token alone, which each row has.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import numpy.typing as npt
 
 from nibble.engine.sequence import Sequence
 from nibble.kernels.interface import Kernels
-from nibble.kernels.slots import SlotLayout, mask_words
+from nibble.kernels.slots import SlotContent, SlotLayout, mask_words
 
 NUM_HOST_BUFFERS = 2  # as the runner's: one is filled while the copy of the other may still be under way
 STAGED_SLOTS = 32  # whole ones that a step can write before it has to wait for the device
@@ -31,16 +35,17 @@ class _Tenancy:
 class Adjustments:
     """Buffers of one runner, and who has which slot."""
 
-    def __init__(self, kernels: Kernels, max_sequences: int, vocab_size: int) -> None:
+    def __init__(self, kernels: Kernels, max_sequences: int, vocab_size: int, max_masks: int) -> None:
+        """max_masks: tokens that a step samples at most."""
         self._kernels = kernels
         self._layout = SlotLayout(vocab_size)
         num_words, num_mask_words = self._layout.num_words, mask_words(vocab_size)
         self.slots = kernels.zeros((max_sequences, num_words), np.int32)
-        self.masks = kernels.zeros((max_sequences, num_mask_words), np.int32)
+        self.masks = kernels.zeros((max_masks, num_mask_words), np.int32)
         num_staged = min(STAGED_SLOTS, max_sequences)
         shape = (NUM_HOST_BUFFERS, num_staged * num_words)
         self._staged_slots = kernels.host_buffer(shape, np.int32)
-        self._staged_masks = kernels.host_buffer((NUM_HOST_BUFFERS, max_sequences, num_mask_words), np.int32)
+        self._staged_masks = kernels.host_buffer((NUM_HOST_BUFFERS, max_masks, num_mask_words), np.int32)
         self.wants_logprobs = False  # whether a sequence of this step does
         self._turn = 0
         self._num_words = 0  # of this turn's staged slots in use
@@ -61,16 +66,18 @@ class Adjustments:
         if tenancy is None:
             tenancy = self._tenancies[sequence] = _Tenancy(self._take_slot(), -1)
         self._tenancies.move_to_end(sequence)
-        if tenancy.num_tokens != sequence.num_tokens - 1:
-            self._load(tenancy.slot, sequence)
+        content = sequence.slot_content
+        assert content is not None, "a sequence without slot content needs no slot"
+        if tenancy.num_tokens < 0 or (content.depends_on_tokens and tenancy.num_tokens != sequence.num_tokens - 1):
+            self._load(tenancy.slot, sequence, content)
         tenancy.num_tokens = sequence.num_tokens
         return tenancy.slot
 
-    def mask_row_of(self, sequence: Sequence) -> int:
-        """The row of `masks` that will have the sequence's mask; -1: it has none."""
-        if sequence.token_mask is None:
+    def mask_row_of(self, sequence: Sequence, index: int) -> int:
+        """The row of `masks` that will have the sequence's mask of this index; -1: it has none."""
+        if sequence.token_masks is None:
             return -1
-        self._staged_masks[self._turn, self._num_masks] = sequence.token_mask
+        self._staged_masks[self._turn, self._num_masks] = sequence.token_masks[index]
         self._num_masks += 1
         return self._num_masks - 1
 
@@ -85,10 +92,8 @@ class Adjustments:
             return self._free.pop()
         return self._tenancies.popitem(last=False)[1].slot
 
-    def _load(self, slot: int, sequence: Sequence) -> None:
+    def _load(self, slot: int, sequence: Sequence, content: SlotContent) -> None:
         """Write all of the sequence's tokens but the newest, which is the only one that may be unread."""
-        content = sequence.slot_content
-        assert content is not None, "a sequence without slot content needs no slot"
         known = sequence.token_ids[: sequence.num_tokens - 1]
         used = self._layout.used_words(content)
         whole = self._stage()

@@ -8,13 +8,24 @@ from typing import NamedTuple
 from nibble.engine.sequence import Sequence
 from nibble.engine.swap_space import BlockMove
 
+# Newest tokens and drafts of a step that verifies drafts, at most. Up to so many tokens the products of a decode pass
+# read their weights once; more sequences than that keep a device busy without guesses.
+MAX_VERIFIED_TOKENS = 64
+
 
 class Chunk(NamedTuple):
-    """The next num_tokens uncomputed tokens of a sequence. `samples`: its last token's logits give a new token."""
+    """The next num_tokens tokens of a sequence; the logits of its last num_samples tokens give a new token each.
+
+    Where these are several, all tokens but the first of them are drafts: the first num_drafts of `Sequence.drafts`.
+    """
 
     sequence: Sequence
     num_tokens: int
-    samples: bool
+    num_samples: int
+
+    @property
+    def num_drafts(self) -> int:
+        return max(0, self.num_samples - 1)
 
 
 @dataclass(frozen=True, slots=True)

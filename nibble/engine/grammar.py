@@ -5,6 +5,9 @@ launch of a step that samples it until that token was read and the mask for the 
 compute others. Masks of all sequences that were read together are filled by llguidance's threads, in one call that
 does not hold the GIL.
 
+Drafts (`speculative.py`) get a mask behind each of them, as far as the grammar takes them; what it forces is the best
+draft there is.
+
 The state of a grammar is a function of the tokens generated so far: it is made anew from them where a request is
 resumed, and a preempted sequence keeps it. Where text could end, the request's own end tokens are allowed, and only
 there. A grammar that has come to its end ends the request without one.
@@ -15,8 +18,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -53,21 +57,31 @@ class _Constraint:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One mask to be filled."""
+    """The masks of a sequence to be filled: of its next token, and behind each draft that the grammar takes."""
 
     sequence: Sequence
     constraint: _Constraint
-    can_end: bool  # whether its end tokens may be drawn yet
+    num_to_end: int  # tokens before its end tokens may be drawn
+    drafts: list[int] = field(default_factory=list)
+    max_forced: int = 0  # drafts that the grammar may add where it leaves no choice
 
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """mask: of the sequence's next token, or the sequence has an ending."""
+    """masks: of the sequence's next token and behind its drafts, or the sequence has an ending."""
 
     sequence: Sequence
     constraint: _Constraint | None
-    mask: npt.NDArray[np.int32] | None
     ending: Ending | None
+    masks: npt.NDArray[np.int32] | None = None
+    drafts: list[int] = field(default_factory=list)
+
+
+class _Path(NamedTuple):
+    """Drafts that a grammar takes; is_accepting: whether the text could end before the first and behind each."""
+
+    drafts: list[int]
+    is_accepting: list[bool]
 
 
 class Constraints:
@@ -79,7 +93,7 @@ class Constraints:
         self._constraints: dict[Sequence, _Constraint | None] = {}  # None: it is being compiled
         self._compiling: set[Future[list[_Result]]] = set()
         self._filling: set[Future[list[_Result]]] = set()
-        self._to_fill: list[_Work] = []
+        self._to_fill: list[tuple[Sequence, _Constraint]] = []
 
     def warm_up(self) -> None:
         """Build the tokenizer, so that the first request does not wait for it. Returns at once."""
@@ -98,24 +112,40 @@ class Constraints:
         """It has ended. Others are ignored."""
         self._constraints.pop(sequence, None)
 
-    def read(self, sampled: SequenceOf[tuple[Sequence, int]]) -> dict[Sequence, Ending]:
+    def read(self, sampled: SequenceOf[tuple[Sequence, list[int]]]) -> dict[Sequence, Ending]:
         """Show tokens that were read, before they are appended, to their grammars. Those that come to their end."""
-        pairs = self._constrained(sampled)
-        if not pairs:
-            return {}
-        self._executor.consume_token_par([(constraint.matcher, token_id) for _, constraint, token_id in pairs])
+        constrained = [
+            (sequence, constraint, _text(sequence, token_ids))
+            for sequence, token_ids in sampled
+            if token_ids and (constraint := self._constraints.get(sequence)) is not None
+        ]
+        for i in range(max((len(text) for _, _, text in constrained), default=0)):
+            pairs = [(constraint.matcher, text[i]) for _, constraint, text in constrained if i < len(text)]
+            self._executor.consume_token_par(pairs)
         endings = {}
-        for sequence, constraint, _ in pairs:
-            if constraint.matcher.is_stopped():
+        for sequence, constraint, text in constrained:
+            if text and constraint.matcher.is_stopped():
                 endings[sequence] = _ending_of(constraint.matcher)
-            else:
-                can_end = sequence.num_read_tokens + 1 >= sequence.request.sampling.min_tokens
-                self._to_fill.append(_Work(sequence, constraint, can_end))
+            elif text:
+                self._to_fill.append((sequence, constraint))
         return endings
 
-    def fill(self) -> None:
-        """Begin to fill the masks of those that were read and have not ended."""
-        works = [work for work in self._to_fill if work.sequence in self._constraints]
+    def fill(self, max_forced: int = 0) -> None:
+        """Begin to fill the masks of those that were read and have not ended, and of their drafts. A grammar may add
+        max_forced drafts."""
+        works = []
+        for sequence, constraint in self._to_fill:
+            if sequence in self._constraints:
+                num_to_end = sequence.request.sampling.min_tokens - sequence.num_read_tokens
+                works.append(
+                    _Work(
+                        sequence,
+                        constraint,
+                        num_to_end,
+                        _text(sequence, sequence.drafts),
+                        min(max_forced, sequence.max_drafts),
+                    )
+                )
         self._to_fill = []
         if works:
             self._filling.add(self._mask_pool.submit(self._fill, works))
@@ -139,7 +169,8 @@ class Constraints:
                     if result.ending is not None:
                         endings[result.sequence] = result.ending
                     self._constraints[result.sequence] = result.constraint
-                    result.sequence.set_mask(result.mask)
+                    result.sequence.set_masks(result.masks)
+                    result.sequence.drafts = result.drafts
                     result.sequence.is_held = False
         return endings
 
@@ -155,49 +186,77 @@ class Constraints:
     def _executor(self) -> LLExecutor:
         return LLExecutor(min(MAX_THREADS, os.cpu_count() or 1))
 
-    def _constrained(self, sampled: SequenceOf[tuple[Sequence, int]]) -> list[tuple[Sequence, _Constraint, int]]:
-        """Tokens that are text: one that ends its request is not the grammar's."""
-        return [
-            (sequence, constraint, token_id)
-            for sequence, token_id in sampled
-            if (constraint := self._constraints.get(sequence)) is not None
-            and token_id >= 0
-            and token_id not in sequence.request.sampling.stop_token_ids
-        ]
-
     def _compile(self, sequence: Sequence, spec: GrammarSpec, generated: list[int]) -> list[_Result]:
         """In a thread. The sequence is a mere name there."""
         try:
             matcher = self._compiler.matcher(spec)
             is_special = self._compiler.tokenizer.is_special_token
         except GrammarError as error:
-            return [_Result(sequence, None, None, Ending(FinishReason.ERROR, f"the grammar is refused: {error}"))]
+            return [_Result(sequence, None, Ending(FinishReason.ERROR, f"the grammar is refused: {error}"))]
         sampling = sequence.request.sampling
         matcher.consume_tokens(generated)
         constraint = _Constraint(matcher, [token_id for token_id in sampling.stop_token_ids if is_special(token_id)])
-        return self._fill([_Work(sequence, constraint, len(generated) >= sampling.min_tokens)])
+        return self._fill([_Work(sequence, constraint, sampling.min_tokens - len(generated))])
 
     def _fill(self, works: list[_Work]) -> list[_Result]:
         """In a thread. The sequences are mere names there."""
-        masks = np.zeros((len(works), self._num_words), np.int32)
-        matchers = [(work.constraint.matcher, i) for i, work in enumerate(works)]
-        self._executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, masks.strides[0], len(works))
-        return [self._result(work, mask) for work, mask in zip(works, masks, strict=True)]
+        paths = [self._path(work) for work in works]
+        firsts = [0, *accumulate(1 + len(path.drafts) for path in paths)]
+        masks = np.zeros((firsts[-1], self._num_words), np.int32)
+        jobs = [(w.constraint.matcher, i, path.drafts) for w, i, path in zip(works, firsts, paths, strict=False)]
+        target = (masks.ctypes.data, masks.strides[0], len(masks))
+        if plain := [(matcher, i) for matcher, i, drafts in jobs if not drafts]:
+            self._executor.unsafe_compute_mask_ptr(plain, *target)
+        if drafted := [job for job in jobs if job[2]]:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *target)
+        return [
+            self._result(work, path, masks[i : i + 1 + len(path.drafts)])
+            for work, path, i in zip(works, paths, firsts, strict=False)
+        ]
 
-    def _result(self, work: _Work, mask: npt.NDArray[np.int32]) -> _Result:
+    def _path(self, work: _Work) -> _Path:
+        """Follow the drafts as far as the grammar takes them and does not end with them."""
+        matcher, drafts = work.constraint.matcher, work.drafts
+        if work.max_forced and (forced := matcher.compute_ff_tokens()[: work.max_forced]) != drafts[: len(forced)]:
+            drafts = forced
+        path, num_consumed = _Path([], [matcher.is_accepting()]), 0
+        for token_id in drafts[: matcher.validate_tokens(drafts)] if drafts else ():
+            if token_id in self._compiler.tokenizer.eos_tokens or not matcher.consume_token(token_id):
+                break
+            num_consumed += 1
+            if matcher.is_stopped():
+                break
+            path.drafts.append(token_id)
+            path.is_accepting.append(matcher.is_accepting())
+        matcher.rollback(num_consumed)
+        return path
+
+    def _result(self, work: _Work, path: _Path, masks: npt.NDArray[np.int32]) -> _Result:
         matcher = work.constraint.matcher
         if matcher.is_stopped():
-            return _Result(work.sequence, work.constraint, None, _ending_of(matcher))
-        is_accepting = matcher.is_accepting()
-        for token_id in self._compiler.tokenizer.eos_tokens:
-            _set(mask, token_id, False)
-        for token_id in work.constraint.end_ids if work.can_end else ():
-            _set(mask, token_id, is_accepting)
-        if mask.any():
-            return _Result(work.sequence, work.constraint, mask, None)
-        error = None if is_accepting else "the grammar allows no token"
-        reason = FinishReason.STOP if is_accepting else FinishReason.ERROR
-        return _Result(work.sequence, work.constraint, None, Ending(reason, error))
+            return _Result(work.sequence, work.constraint, _ending_of(matcher))
+        num_masks = 0
+        for mask, is_accepting in zip(masks, path.is_accepting, strict=True):
+            for token_id in self._compiler.tokenizer.eos_tokens:
+                _set(mask, token_id, False)
+            if num_masks and not mask.any():
+                break  # the grammar may have ended, which it says when it has read the draft
+            for token_id in work.constraint.end_ids if num_masks >= work.num_to_end else ():
+                _set(mask, token_id, is_accepting)
+            if not mask.any():
+                break
+            num_masks += 1
+        if num_masks:
+            return _Result(work.sequence, work.constraint, None, masks[:num_masks], path.drafts[: num_masks - 1])
+        error = None if path.is_accepting[0] else "the grammar allows no token"
+        reason = FinishReason.STOP if path.is_accepting[0] else FinishReason.ERROR
+        return _Result(work.sequence, work.constraint, Ending(reason, error))
+
+
+def _text(sequence: Sequence, token_ids: list[int]) -> list[int]:
+    """Of these tokens what is text: one that ends its request is not the grammar's, nor is what follows it."""
+    stop_ids = sequence.request.sampling.stop_token_ids
+    return list(takewhile(lambda token_id: token_id not in stop_ids, token_ids))
 
 
 def _ending_of(matcher: LLMatcher) -> Ending:

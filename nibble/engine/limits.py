@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from nibble.kernels.layout import KVDtype
+
+MAX_DRAFTS = 7  # of a sequence in one step: with its newest token 8, which cost little more than one
+
+
+class SpeculationMethod(StrEnum):
+    """Where drafts come from, see `speculative.py`."""
+
+    OFF = "off"
+    NGRAM = "ngram"  # the sequence's own text
 
 
 @dataclass(frozen=True)
@@ -16,6 +26,8 @@ class EngineLimits:
 
     swap_bytes: of the host's memory, page-locked, for the blocks of preempted sequences; rounded down to whole blocks,
     and without effect where the device's memory is the host's.
+
+    num_drafts: of a sequence in one step, at most.
     """
 
     kv_cache_bytes: int | None
@@ -25,3 +37,5 @@ class EngineLimits:
     memory_utilization: float = 0.9
     has_prefix_cache: bool = True
     swap_bytes: int = 0
+    speculation: SpeculationMethod = SpeculationMethod.OFF
+    num_drafts: int = MAX_DRAFTS

@@ -5,6 +5,7 @@ A library: no HTTP, no Redis, no environment variables, no threads. One caller a
 On an asynchronous backend the device never waits for the host: a step is launched before the results of the one before
 it are read, so events come one call of `step` late. That a sequence has reached its length is known when its last step
 is launched; a stop token is found when it is read, and what the step launched meanwhile computed for it is dropped.
+Where drafts are worth that the device waits (`speculative.py`), a step is read before the next one is launched.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as TokenSequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from nibble.engine.batch import Batch
@@ -21,7 +21,7 @@ from nibble.engine.block_manager import BlockManager
 from nibble.engine.checkpoint.native import Checkpoint, load_checkpoint
 from nibble.engine.errors import CapacityError, RequestError
 from nibble.engine.grammar import Constraints, Ending
-from nibble.engine.limits import EngineLimits
+from nibble.engine.limits import EngineLimits, SpeculationMethod
 from nibble.engine.memory_plan import make_runner
 from nibble.engine.model import DecoderModel
 from nibble.engine.model_config import ModelConfig
@@ -30,29 +30,13 @@ from nibble.engine.protocol import FinishReason, GenerationRequest, InvalidSampl
 from nibble.engine.scheduler import Scheduler
 from nibble.engine.sequence import Sequence
 from nibble.engine.service_order import ServiceOrder, aged_priority
+from nibble.engine.speculative import FORCED_ACCEPTANCE, NgramDrafter, Speculation
+from nibble.engine.stats import EngineStats
 from nibble.grammar.compiler import GrammarCompiler
 from nibble.kernels.interface import Kernels
 from nibble.kernels.layout import BLOCK_SIZE, KVLayout
 
 TOKENIZER_FILE = "tokenizer.json"  # of a checkpoint directory
-
-
-@dataclass
-class EngineStats:
-    """Counters since the start, and gauges of the last step."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    kv_cache_usage: float = 0.0
-    num_steps: int = 0
-    num_prompt_tokens: int = 0
-    num_generated_tokens: int = 0
-    num_preemptions: int = 0
-    num_cache_queries: int = 0
-    num_cache_hits: int = 0
-    num_nonfinite_logits: int = 0
-    step_bytes: int = 0
-    step_s: float = 0.0
 
 
 class LLMEngine:
@@ -66,10 +50,12 @@ class LLMEngine:
         now: Callable[[], float] = time.time,
         order: ServiceOrder = aged_priority,
         constraints: Constraints | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """constraints: without them, requests with a grammar are refused."""
         self.config = config
         self.constraints = constraints
+        self.speculation = speculation
         self.runner = runner
         self.stats = EngineStats()
         self.scheduler = Scheduler(
@@ -84,6 +70,7 @@ class LLMEngine:
         self._sequences: dict[str, Sequence] = {}
         self._max_pending_steps = 1 if runner.kernels.is_asynchronous else 0  # between two calls of `step`
         self._pending: deque[PendingStep] = deque()
+        self._reads_first = False  # what is pending, before the next step is launched
         self._collected_s = 0.0
         self._now = now
 
@@ -105,7 +92,10 @@ class LLMEngine:
             model = DecoderModel(config, kernels, checkpoint, layout)
         except MemoryError as error:
             raise CapacityError(f"the weights do not fit into the device's memory: {error}") from error
-        return cls(make_runner(kernels, model, limits), config, limits)
+        speculation = None
+        if limits.speculation is SpeculationMethod.NGRAM:
+            speculation = Speculation(NgramDrafter(), limits.num_drafts, kernels.is_asynchronous)
+        return cls(make_runner(kernels, model, limits), config, limits, speculation=speculation)
 
     def check(self, request: GenerationRequest) -> None:
         """Raises RequestError if it can never run here."""
@@ -130,16 +120,21 @@ class LLMEngine:
             self.scheduler.remove(sequence)
             if self.constraints is not None:
                 self.constraints.forget(sequence)
+            if self.speculation is not None:
+                self.speculation.drafter.forget(sequence)
             self._update_gauges()
 
     def step(self) -> list[TokenEvent]:
-        """Schedule a step and launch it, then read what is due. Returns at most one event per request."""
-        ended = self._expire() + self._release_held()
+        """Schedule a step and launch it, then read what is due. Returns the events in order, a few per request."""
+        events = self._expire()
+        if self._reads_first and self._pending:
+            events += self._collect()
+        events += self._release_held()
         batch = self.scheduler.schedule()
         if batch.chunks:
             self._launch(batch)
         is_due = len(self._pending) > (self._max_pending_steps if batch.chunks else 0)
-        return ended + (self._collect() if is_due else [])
+        return events + (self._collect() if is_due else [])
 
     @property
     def has_unfinished(self) -> bool:
@@ -198,6 +193,8 @@ class LLMEngine:
             )
             if chunk.sequence.scheduled_s is None:
                 chunk.sequence.scheduled_s = now_s
+            if chunk.num_drafts and chunk.sequence.request.grammar is None:
+                self._reads_first = True
         self._pending.append(self.runner.launch(batch))
 
     def _collect(self) -> list[TokenEvent]:
@@ -206,31 +203,41 @@ class LLMEngine:
         sampled = self.runner.collect(step)
         # A sequence may have ended since the launch, and its id may even be another one's by now.
         alive = [pair for pair in sampled if self._sequences.get(pair[0].request_id) is pair[0]]
+        if self.speculation is not None:
+            self.speculation.learn(alive)
         endings = self.constraints.read(alive) if self.constraints is not None else {}
-        events = [self._update(sequence, token_id, endings.get(sequence)) for sequence, token_id in alive]
-        if self.constraints is not None:
-            self.constraints.fill()
-        self._record(step, len(alive))
+        events = [self._update(sequence, token_ids, endings.get(sequence)) for sequence, token_ids in alive]
+        self._prepare([sequence for sequence, _ in alive if self._sequences.get(sequence.request_id) is sequence])
+        self._record(step, sum(len(event.token_ids) for event in events))
         return events
 
-    def _update(self, sequence: Sequence, token_id: int, ending: Ending | None) -> TokenEvent:
-        """Append the sampled token, or end the sequence if its logits were not finite (token_id -1)."""
-        if token_id < 0:
+    def _prepare(self, sequences: list[Sequence]) -> None:
+        """Begin to find out what may come after the tokens that were read."""
+        num_running, max_forced = len(self.scheduler.running), 0
+        if self.speculation is not None:
+            self._reads_first = self.speculation.draft(sequences, num_running)
+            max_forced = self.speculation.max_drafts(FORCED_ACCEPTANCE, num_running)
+        if self.constraints is not None:
+            self.constraints.fill(max_forced)
+
+    def _update(self, sequence: Sequence, token_ids: list[int], ending: Ending | None) -> TokenEvent:
+        """Append the new tokens, or end the sequence if its logits were not finite: there are none."""
+        if not token_ids:
             self.stats.num_nonfinite_logits += 1
             self.scheduler.remove_unsound(sequence)
             error = "no token could be drawn: the model's logits were not finite, or all tokens were forbidden"
             return self._finish(sequence, FinishReason.ERROR, error, [])
         is_first, now_s = sequence.first_token_s is None, self._now()
-        sequence.append(token_id, now_s)
+        token_ids = sequence.append(token_ids, now_s)
         if ending is not None:
-            return self._finish(sequence, *ending, [token_id])
+            return self._finish(sequence, *ending, token_ids)
         if sequence.finish_reason is not None:
-            return self._finish(sequence, sequence.finish_reason, None, [token_id])
+            return self._finish(sequence, sequence.finish_reason, None, token_ids)
         logprobs, prompt_logprobs = sequence.take_logprobs()
         return TokenEvent(
             request_id=sequence.request_id,
-            index=sequence.num_read_tokens - 1,
-            token_ids=[token_id],
+            index=sequence.num_read_tokens - len(token_ids),
+            token_ids=token_ids,
             metrics=sequence.metrics(now_s) if is_first else None,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -271,6 +278,9 @@ class LLMEngine:
         stats.num_generated_tokens += num_sampled
         stats.num_preemptions = self.scheduler.num_preemptions
         stats.num_cache_queries, stats.num_cache_hits = self.scheduler.num_cache_queries, self.scheduler.num_cache_hits
+        if self.speculation is not None:
+            stats.num_draft_tokens = self.speculation.num_draft_tokens
+            stats.num_accepted_tokens = self.speculation.num_accepted_tokens
         # Until the step before had finished, the device was not at work for this one.
         stats.step_bytes, stats.step_s = step.num_bytes, now_s - max(step.launched_s, self._collected_s)
         self._collected_s = now_s

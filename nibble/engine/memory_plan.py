@@ -14,9 +14,10 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 
+from nibble.engine.batch import MAX_VERIFIED_TOKENS
 from nibble.engine.block_manager import num_blocks_for
 from nibble.engine.errors import CapacityError
-from nibble.engine.limits import EngineLimits
+from nibble.engine.limits import EngineLimits, SpeculationMethod
 from nibble.engine.model import DecoderModel
 from nibble.engine.model_runner import ModelRunner
 from nibble.engine.pass_inputs import PassShape
@@ -68,6 +69,7 @@ def make_runner(kernels: Kernels, model: DecoderModel, limits: EngineLimits) -> 
         model,
         max_sequences=limits.max_num_sequences,
         max_tokens=limits.max_num_batched_tokens,
+        max_verified=_max_verified(limits),
     )
     block_bytes = model.config.num_layers * model.kv_layout.block_bytes
     if not kernels.is_asynchronous:
@@ -150,12 +152,18 @@ def _compute_every_shape(kernels: Kernels, model: DecoderModel, limits: EngineLi
         num_blocks=0,
         max_sequences=limits.max_num_sequences,
         max_tokens=limits.max_num_batched_tokens,
+        max_verified=_max_verified(limits),
     )
     max_blocks = num_blocks_for(model.config.max_context_tokens)
     sizes = {1 << i for i in range(limits.max_num_batched_tokens.bit_length())} | {limits.max_num_batched_tokens}
     for num_tokens in sorted(sizes):
         fewest = -(-num_tokens // model.config.max_context_tokens)
         for num_sequences in {fewest, min(num_tokens, limits.max_num_sequences)}:
-            shape = PassShape(num_tokens, num_sequences, max_blocks, num_sequences, adjusts=True)
+            num_samples = min(num_tokens, max(num_sequences, _max_verified(limits)))
+            shape = PassShape(num_tokens, num_sequences, max_blocks, num_samples, adjusts=True)
             for mode in Mode:
                 runner.compute_idle(shape, mode)
+
+
+def _max_verified(limits: EngineLimits) -> int:
+    return 0 if limits.speculation is SpeculationMethod.OFF else MAX_VERIFIED_TOKENS

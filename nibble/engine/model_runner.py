@@ -6,7 +6,8 @@ there: it is launched before the host has read anything. No row outlives that: b
 id, so rows are numbered anew in every step.
 
 One token per sequence is computed by a captured graph, the smallest that has a row for each; the rows left over write
-the idle block, which no sequence owns. Everything else (prompts, tokens computed anew) is launched op by op.
+the idle block, which no sequence owns. Steps that verify drafts have graphs of their own. Everything else (prompts,
+tokens computed anew) is launched op by op.
 """
 
 from __future__ import annotations
@@ -14,27 +15,34 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
 
 import numpy as np
-import numpy.typing as npt
 
 from nibble.engine.adjustments import NUM_HOST_BUFFERS, Adjustments
 from nibble.engine.batch import Batch, Chunk
 from nibble.engine.block_manager import num_blocks_for
+from nibble.engine.logprob_records import PromptPart, keep_logprobs, keep_prompt_logprobs, prompt_parts
 from nibble.engine.model import DecoderModel, ForwardBatch
-from nibble.engine.pass_inputs import PassInputs, PassShape, cut, fill, fill_idle, prompt_targets, shape_of
-from nibble.engine.sampling_params import record_bytes
+from nibble.engine.pass_inputs import (
+    NOTHING,
+    PassInputs,
+    PassShape,
+    captured_shapes,
+    cut,
+    fill,
+    fill_idle,
+    shape_of,
+)
 from nibble.engine.sequence import Sequence
+from nibble.engine.speculative import verify
 from nibble.engine.swap_space import BlockMove
 from nibble.kernels.interface import Array, HostCopy, Kernels, Mode
 from nibble.kernels.layout import BLOCK_SIZE
 from nibble.kernels.sampling import LOGPROB_WORDS
-
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # rows that steps are captured for
 
 
 @dataclass(frozen=True)
@@ -42,8 +50,7 @@ class PendingStep:
     """A launched step whose ids nobody has read."""
 
     batch: Batch
-    sequences: list[Sequence]  # that sampled, in the order of their rows
-    latest: HostCopy
+    latest: HostCopy  # a row for each token that was sampled, chunk by chunk
     num_bytes: int  # that any implementation must read for it: all weights, each sequence's keys and values
     launched_s: float  # time.perf_counter()
     logprobs: HostCopy | None = None  # rows as of `latest`, if anybody wants them
@@ -52,17 +59,8 @@ class PendingStep:
 
 
 @dataclass(frozen=True)
-class PromptPart:
-    """num_tokens tokens of a sequence's prompt, from first_token on, whose log probabilities a step computes."""
-
-    sequence: Sequence
-    first_token: int
-    num_tokens: int
-
-
-@dataclass(frozen=True)
 class CapturedPass:
-    """The decode pass for one number of rows. Its inputs are the front of the buffers."""
+    """The decode pass for one number of tokens. Its inputs are the front of the buffers."""
 
     shape: PassShape
     host: list[PassInputs]  # in each host buffer
@@ -80,9 +78,11 @@ class ModelRunner:
         num_blocks: int,
         max_sequences: int,
         max_tokens: int,
+        max_verified: int = 0,
         num_swap_blocks: int = 0,
     ) -> None:
-        """Steps have at most max_sequences sequences and max_tokens tokens. num_swap_blocks: in the host's memory."""
+        """Steps have at most max_sequences sequences and max_tokens tokens, of which max_verified may be newest tokens
+        and drafts where there are drafts. num_swap_blocks: in the host's memory."""
         self.kernels = kernels
         self.model = model
         self.num_blocks = num_blocks
@@ -96,33 +96,38 @@ class ModelRunner:
         # In one step, each block leaves once at most, and each swapped one comes back once.
         self._moves = host_buffer((NUM_HOST_BUFFERS, num_blocks + num_swap_blocks, 2), np.int32)
         self._max_blocks = num_blocks_for(config.max_context_tokens)
-        self._latest = kernels.zeros((max_sequences,), np.int32)
-        self._logprobs = kernels.zeros((max_sequences, LOGPROB_WORDS), np.int32)
+        self._max_sequences, max_samples = max_sequences, max_sequences + max_verified
+        self._latest = kernels.zeros((max_samples,), np.int32)
+        self._logprobs = kernels.zeros((max_samples, LOGPROB_WORDS), np.int32)
         self._prompt_logprobs = kernels.zeros((max_tokens, LOGPROB_WORDS), np.int32)
-        self._adjustments = Adjustments(kernels, max_sequences, config.vocab_size)
+        self._adjustments = Adjustments(kernels, max_sequences, config.vocab_size, max_samples)
         # In one step some sequences may be in a captured pass and some in another one, all of them together are
         # max_sequences: two passes of that size are more than enough.
-        shape = PassShape(max_tokens, max_sequences, self._max_blocks, max_sequences, True, max_tokens)
+        max_rows = max(max_tokens, max_verified)
+        shape = PassShape(max_rows, max_samples, self._max_blocks, max_samples, True, max_tokens)
         size = 2 * shape.num_bytes
         self._host = [kernels.host_buffer((size,), np.uint8) for _ in range(NUM_HOST_BUFFERS)]
         self._turn = 0  # which host buffer is the present step's
         self._inputs = kernels.zeros((size,), np.uint8)
-        self._buckets = [b for b in BUCKETS if b < max_sequences] + [max_sequences]
-        self._captured: dict[bool, list[CapturedPass]] = {}  # by PassShape.adjusts; one per bucket, if there are any
+        self._shapes = captured_shapes(max_sequences, max_verified, self._max_blocks)
+        self._captured: dict[tuple[bool, bool], list[CapturedPass]] = {}  # by has_drafts and PassShape.adjusts, if any
 
     def capture(self) -> None:
         """Capture the decode pass for every bucket. Without it (on a synchronous backend) all passes run op by op."""
-        for adjusts in (False, True):
-            self._captured[adjusts] = [self._capture_pass(num_rows, adjusts) for num_rows in self._buckets]
+        for has_drafts, shapes in self._shapes.items():
+            for adjusts in (False, True):
+                passes = [self._capture_pass(replace(shape, adjusts=adjusts)) for shape in shapes]
+                self._captured[has_drafts, adjusts] = passes
 
     def capture_largest(self) -> list[CapturedPass]:
         """One graph of each kind, for as many rows as there can be: none takes more memory."""
-        return [self._capture_pass(self._buckets[-1], adjusts) for adjusts in (False, True)]
+        largest = [shapes[-1] for shapes in self._shapes.values() if shapes]
+        return [self._capture_pass(replace(shape, adjusts=adjusts)) for shape in largest for adjusts in (False, True)]
 
     @property
     def num_graphs(self) -> int:
         """That `capture` makes."""
-        return 2 * len(self._buckets)
+        return 2 * sum(map(len, self._shapes.values()))
 
     def launch(self, batch: Batch) -> PendingStep:
         """Start to compute a batch, behind those that were started before."""
@@ -130,25 +135,23 @@ class ModelRunner:
         self._turn = (self._turn + 1) % NUM_HOST_BUFFERS
         self._adjustments.begin(self._turn)
         passes: list[Callable[[], None]] = []
-        sequences: list[Sequence] = []
-        start = 0
+        start = num_samples = 0
         for mode, chunks in ((Mode.DECODE, batch.decode), (Mode.PREFILL, batch.prefill)):
             if chunks:
-                num_bytes, compute = self._prepare(chunks, mode, start, len(sequences))
+                num_bytes, compute = self._prepare(chunks, mode, start, num_samples)
                 start += num_bytes
                 passes.append(compute)
-                sequences += [chunk.sequence for chunk in chunks if chunk.samples]
+                num_samples += sum(chunk.num_samples for chunk in chunks)
         self._move_blocks(batch.moves)
         self._upload(start)
         self._adjustments.upload()
         for compute in passes:
             compute()
         start_to_host = self.kernels.start_to_host
-        parts = _prompt_parts(batch)
+        parts = prompt_parts(batch)
         num_parts_tokens = sum(part.num_tokens for part in parts)
         step = PendingStep(
             batch,
-            sequences,
             start_to_host(self._latest),
             self._step_bytes(batch),
             launched_s,
@@ -159,20 +162,30 @@ class ModelRunner:
         self._advance(batch)
         return step
 
-    def collect(self, step: PendingStep) -> list[tuple[Sequence, int]]:
-        """Wait for a step; the new token of each chunk that samples, -1 where nothing could be drawn.
+    def collect(self, step: PendingStep) -> list[tuple[Sequence, list[int]]]:
+        """Wait for a step; the new tokens of each chunk that samples, several where drafts were right, none where
+        nothing could be drawn.
 
-        Records of log probabilities are left in the sequences.
+        Records of their log probabilities are left in the sequences.
         """
-        if step.logprobs is not None:
-            _keep_logprobs(step.sequences, step.logprobs.wait())
         if step.prompt_logprobs is not None:
-            _keep_prompt_logprobs(step.prompt_parts, step.prompt_logprobs.wait())
-        return list(zip(step.sequences, step.latest.wait()[: len(step.sequences)].tolist(), strict=True))
+            keep_prompt_logprobs(step.prompt_parts, step.prompt_logprobs.wait())
+        latest = step.latest.wait().tolist()
+        logprobs = None if step.logprobs is None else step.logprobs.wait()
+        sampled, row = [], 0
+        for sequence, _, num_samples in step.batch.chunks:
+            if not num_samples:
+                continue
+            token_ids = verify(sequence.drafts, latest[row : row + num_samples])
+            if logprobs is not None:
+                keep_logprobs(sequence, logprobs[row : row + len(token_ids)])
+            sampled.append((sequence, token_ids))
+            row += num_samples
+        return sampled
 
     def compute_idle(self, shape: PassShape, mode: Mode) -> None:
         """Compute a pass of this shape that touches nobody's blocks and samples for nobody."""
-        fill_idle(cut(self._host[self._turn], shape), shape, 0, self._idle_block)
+        fill_idle(cut(self._host[self._turn], shape), shape, NOTHING, self._idle_block)
         self._upload(shape.num_bytes)
         self._compute(cut(self._inputs, shape), mode)
         self.kernels.start_to_host(self._latest).wait()
@@ -182,15 +195,22 @@ class ModelRunner:
     ) -> tuple[int, Callable[[], None]]:
         """Fill the host buffer from `start` on; (bytes filled, what computes the pass once they are uploaded)."""
         shape = shape_of(chunks)
-        if mode is Mode.DECODE and self._captured and shape.num_tokens == len(chunks):
+        captured = self._captured_for(shape) if mode is Mode.DECODE else None
+        if captured is not None:
             assert start == 0, "captured passes read the front of the inputs"
-            captured = self._captured[shape.adjusts][bisect_left(self._buckets, len(chunks))]
             fill(captured.host[self._turn], chunks, first_sample_row, self._adjustments)
-            if len(chunks) < captured.shape.num_sequences:
-                fill_idle(captured.host[self._turn], captured.shape, len(chunks), self._idle_block)
+            fill_idle(captured.host[self._turn], captured.shape, shape, self._idle_block)
             return captured.shape.num_bytes, captured.replay
         fill(cut(self._host[self._turn][start:], shape), chunks, first_sample_row, self._adjustments)
         return shape.num_bytes, partial(self._compute, cut(self._inputs[start:], shape), mode)
+
+    def _captured_for(self, shape: PassShape) -> CapturedPass | None:
+        has_drafts = shape.num_tokens > shape.num_sequences
+        if has_drafts and shape.num_samples < shape.num_tokens:
+            return None  # tokens computed anew
+        passes = self._captured.get((has_drafts, shape.adjusts), [])
+        index = bisect_left(passes, shape.num_tokens, key=lambda captured: captured.shape.num_tokens)
+        return passes[index] if index < len(passes) else None
 
     def _compute(self, inputs: PassInputs, mode: Mode) -> None:
         """One pass: from ids and positions to sampled ids in `latest`. Device work only; may be captured."""
@@ -219,9 +239,9 @@ class ModelRunner:
         kernels.logprobs(raw, sampled, inputs.num_logprobs, self._logprobs, inputs.sample_rows)
 
     def _compute_prompt_logprobs(self, hidden: Array, inputs: PassInputs) -> None:
-        """So many tokens at once as a step can sample: logits take more memory than all else."""
-        for start in range(0, len(inputs.prompt_rows), len(self._latest)):
-            rows = slice(start, start + len(self._latest))
+        """So many tokens at once as prompts can sample: logits take more memory than all else."""
+        for start in range(0, len(inputs.prompt_rows), self._max_sequences):
+            rows = slice(start, start + self._max_sequences)
             with self.kernels.temporaries():
                 self.kernels.logprobs(
                     self.model.logits(hidden, inputs.prompt_rows[rows]),
@@ -231,10 +251,9 @@ class ModelRunner:
                     inputs.prompt_out_rows[rows],
                 )
 
-    def _capture_pass(self, num_rows: int, adjusts: bool) -> CapturedPass:
-        shape = PassShape(num_rows, num_rows, self._max_blocks, num_rows, adjusts)
+    def _capture_pass(self, shape: PassShape) -> CapturedPass:
         host = [cut(buffer, shape) for buffer in self._host]
-        fill_idle(host[self._turn], shape, 0, self._idle_block)
+        fill_idle(host[self._turn], shape, NOTHING, self._idle_block)
         self._upload(shape.num_bytes)
         replay = self.kernels.capture(partial(self._compute, cut(self._inputs, shape), Mode.DECODE))
         self.kernels.start_to_host(self._latest).wait()  # the host buffer is free again
@@ -257,39 +276,12 @@ class ModelRunner:
     def _advance(self, batch: Batch) -> None:
         row = 0
         for chunk in batch.chunks:
-            chunk.sequence.launched(chunk.num_tokens, row if chunk.samples else None)
-            row += chunk.samples
+            num_drafts = chunk.num_drafts
+            chunk.sequence.launched(chunk.num_tokens - num_drafts, row if chunk.num_samples else None, num_drafts)
+            row += chunk.num_samples
 
     def _step_bytes(self, batch: Batch) -> int:
         config, layout = self.model.config, self.model.kv_layout
         kv_token_bytes = config.num_layers * layout.block_bytes // BLOCK_SIZE
         context_tokens = sum(chunk.sequence.num_computed_tokens for chunk in batch.chunks)
         return self.model.weight_bytes + context_tokens * kv_token_bytes
-
-
-def _prompt_parts(batch: Batch) -> list[PromptPart]:
-    """In the order of `pass_inputs.fill`; only prompts are computed in the prefill pass."""
-    return [
-        PromptPart(chunk.sequence, chunk.sequence.num_computed_tokens + 1, len(prompt_targets(chunk)))
-        for chunk in batch.prefill
-        if chunk.sequence.prompt_logprobs
-    ]
-
-
-def _keep_logprobs(sequences: list[Sequence], rows: npt.NDArray[np.int32]) -> None:
-    for sequence, row in zip(sequences, rows, strict=False):
-        count = sequence.request.sampling.logprobs
-        if count is not None:
-            sequence.newest_logprobs = row.tobytes()[: record_bytes(count)]
-
-
-def _keep_prompt_logprobs(parts: list[PromptPart], rows: npt.NDArray[np.int32]) -> None:
-    start = 0
-    for part in parts:
-        count = part.sequence.request.sampling.prompt_logprobs
-        if part.sequence.prompt_logprobs is not None and count is not None:
-            size = record_bytes(count)
-            records = rows[start : start + part.num_tokens].view(np.uint8)[:, :size]
-            first = (part.first_token - 1) * size
-            part.sequence.prompt_logprobs[first : first + part.num_tokens * size] = records.tobytes()
-        start += part.num_tokens

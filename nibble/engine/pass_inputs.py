@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -21,12 +21,15 @@ from nibble.kernels.interface import Array, AttentionBatch
 from nibble.kernels.layout import BLOCK_SIZE
 from nibble.kernels.sampling import AdjustmentBatch, SamplingBatch
 
+Sample: TypeAlias = tuple[Sequence, int]  # the index counts the tokens that a step samples of one sequence
+
 ALIGNMENT = 64  # bytes; more than any vector access needs
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # tokens that steps are captured for
 
 
 @dataclass(frozen=True)
 class PassShape:
-    """T tokens of S sequences, whose block tables have B columns; N of the sequences sample.
+    """T tokens of S sequences, whose block tables have B columns; N of the tokens have their logits sampled.
 
     adjusts: whether some of these N need more than `sample`; A is N then, else 0. P: tokens of prompts whose log
     probabilities are wanted.
@@ -43,6 +46,9 @@ class PassShape:
     def num_bytes(self) -> int:
         """Of the buffer that the pass is cut out of."""
         return sum(_aligned(math.prod(shape) * dtype.itemsize) for _, shape, dtype in _fields(self))
+
+
+NOTHING = PassShape(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,23 @@ def shape_of(chunks: list[Chunk]) -> PassShape:
         num_tokens=sum(chunk.num_tokens for chunk in chunks),
         num_sequences=len(chunks),
         num_blocks=max(len(chunk.sequence.block_table) for chunk in chunks),
-        num_samples=sum(chunk.samples for chunk in chunks),
-        adjusts=any(chunk.samples and not chunk.sequence.samples_plainly for chunk in special),
+        num_samples=sum(chunk.num_samples for chunk in chunks),
+        adjusts=any(chunk.num_samples and not chunk.sequence.samples_plainly for chunk in special),
         num_prompt_logprobs=sum(len(prompt_targets(chunk)) for chunk in special if chunk.sequence.prompt_logprobs),
     )
+
+
+def captured_shapes(max_sequences: int, max_verified: int, num_blocks: int) -> dict[bool, list[PassShape]]:
+    """Of decode passes without drafts (False) and with them (True), each by rising number of tokens.
+
+    Where there are drafts there are fewer sequences than tokens; tokens left over belong to one sequence more.
+    """
+    decode = [bucket for bucket in BUCKETS if bucket < max_sequences] + [max_sequences]
+    verify = [bucket for bucket in BUCKETS if 1 < bucket <= max_verified]
+    return {
+        False: [PassShape(tokens, tokens, num_blocks, tokens) for tokens in decode],
+        True: [PassShape(tokens, min(tokens - 1, max_sequences + 1), num_blocks, tokens) for tokens in verify],
+    }
 
 
 def prompt_targets(chunk: Chunk) -> list[int]:
@@ -115,7 +134,7 @@ def prompt_targets(chunk: Chunk) -> list[int]:
 
 
 def fill(inputs: PassInputs, chunks: list[Chunk], first_sample_row: int, adjustments: Adjustments) -> None:
-    """Write the chunks to the front of the host arrays. What samples gets rows from first_sample_row on, in order."""
+    """Write the chunks to the front of the host arrays. Samples get rows from first_sample_row on, in order."""
     sequences, rows = [chunk.sequence for chunk in chunks], slice(0, len(chunks))
     stops = list(accumulate(chunk.num_tokens for chunk in chunks))
     inputs.query_starts[0], inputs.query_starts[1 : len(chunks) + 1] = 0, stops
@@ -127,32 +146,39 @@ def fill(inputs: PassInputs, chunks: list[Chunk], first_sample_row: int, adjustm
     else:
         for chunk, stop in zip(chunks, stops, strict=True):
             _fill_tokens(inputs, chunk, slice(stop - chunk.num_tokens, stop))
-    last_rows = [stop - 1 for chunk, stop in zip(chunks, stops, strict=True) if chunk.samples]
+    last_rows = [
+        row for chunk, stop in zip(chunks, stops, strict=True) for row in range(stop - chunk.num_samples, stop)
+    ]
     inputs.last_rows[: len(last_rows)] = last_rows
     inputs.sample_rows[: len(last_rows)] = range(first_sample_row, first_sample_row + len(last_rows))
-    sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-    _fill_sampling(inputs, sampling)
+    samples = [(chunk.sequence, index) for chunk in chunks for index in range(chunk.num_samples)]
+    _fill_sampling(inputs, samples)
     if len(inputs.adjustment_slots):
-        _fill_adjustments(inputs, sampling, adjustments)
+        _fill_adjustments(inputs, samples, adjustments)
     if len(inputs.prompt_rows):
         _fill_prompt_logprobs(inputs, chunks, stops)
 
 
-def fill_idle(inputs: PassInputs, shape: PassShape, first_row: int, idle_block: int) -> None:
-    """Make the rows from first_row on (tokens, sequences and samples alike) compute something that nobody reads.
+def fill_idle(inputs: PassInputs, shape: PassShape, used: PassShape, idle_block: int) -> None:
+    """Make the tokens, sequences and samples behind those in use compute something that nobody reads.
 
-    They write the block idle_block, attend to its first slot alone, draw greedily, and their ids go nowhere.
+    They write the block idle_block and attend to it, draw greedily, and their ids go nowhere. Sequences left over share
+    the tokens left over; some may have none.
     """
-    rows = slice(first_row, None)
+    rows = slice(used.num_tokens, None)
     inputs.ids[rows], inputs.positions[rows], inputs.slots[rows] = 0, 0, idle_block * BLOCK_SIZE
-    starts = np.arange(shape.num_sequences + 1) * shape.num_tokens // shape.num_sequences
-    inputs.query_starts[first_row:] = starts[first_row:]
-    inputs.context_lens[rows] = np.diff(starts)[rows]
+    rows = slice(used.num_sequences, None)
+    num_tokens, num_sequences = shape.num_tokens - used.num_tokens, shape.num_sequences - used.num_sequences
+    assert num_sequences > 0 or num_tokens == 0, "tokens left over need a sequence"
+    starts = np.arange(num_sequences + 1) * num_tokens // max(num_sequences, 1)
+    inputs.query_starts[rows] = used.num_tokens + starts
+    inputs.context_lens[rows] = np.diff(starts)
     inputs.block_tables[rows] = idle_block
-    inputs.last_rows[rows] = starts[1 : shape.num_samples + 1][rows] - 1
+    rows = slice(used.num_samples, None)
+    inputs.last_rows[rows] = shape.num_tokens - 1
     inputs.sample_rows[rows], inputs.seeds[rows], inputs.draw_positions[rows] = -1, 0, 0
     inputs.temperature[rows], inputs.top_k[rows], inputs.top_p[rows], inputs.min_p[rows] = 0, 0, 1, 0
-    for array in (inputs.adjustment_slots, inputs.mask_rows, inputs.num_logprobs, inputs.prompt_num_logprobs):
+    for array in (inputs.adjustment_slots, inputs.mask_rows, inputs.num_logprobs):
         array[rows] = -1
 
 
@@ -172,14 +198,14 @@ def _fill_single_tokens(inputs: PassInputs, sequences: list[Sequence]) -> None:
 
 
 def _fill_tokens(inputs: PassInputs, chunk: Chunk, rows: slice) -> None:
-    """Ids, positions and slots of a chunk's tokens."""
+    """Ids, positions and slots of a chunk's tokens, drafts included."""
     sequence, first = chunk.sequence, chunk.sequence.num_computed_tokens
     stop, table = first + chunk.num_tokens, np.array(chunk.sequence.block_table)
     positions = np.arange(first, stop)
-    num_known = min(stop, len(sequence.token_ids)) - first
-    inputs.ids[rows.start : rows.start + num_known] = sequence.token_ids[first : first + num_known]
-    if num_known < chunk.num_tokens:
-        inputs.ids[rows.stop - 1] = _newest_id(sequence)
+    token_ids = sequence.token_ids[first:stop] + sequence.drafts[: chunk.num_drafts]
+    if len(token_ids) < chunk.num_tokens:
+        token_ids.append(_newest_id(sequence))
+    inputs.ids[rows] = token_ids
     inputs.positions[rows] = positions
     inputs.slots[rows] = table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
 
@@ -190,24 +216,24 @@ def _newest_id(sequence: Sequence) -> int:
     return -1 - sequence.sample_row
 
 
-def _fill_sampling(inputs: PassInputs, sequences: list[Sequence]) -> None:
+def _fill_sampling(inputs: PassInputs, samples: list[Sample]) -> None:
     """The random number is a function of (seed, index of the token in its request) alone."""
-    params, rows = [sequence.request.sampling for sequence in sequences], slice(0, len(sequences))
+    params, rows = [sequence.request.sampling for sequence, _ in samples], slice(0, len(samples))
     inputs.temperature[rows] = [p.temperature for p in params]
     inputs.top_k[rows] = [p.top_k for p in params]
     inputs.top_p[rows] = [p.top_p for p in params]
     inputs.min_p[rows] = [p.min_p for p in params]
     inputs.seeds[rows] = [p.seed for p in params]
-    inputs.draw_positions[rows] = [sequence.num_generated_tokens for sequence in sequences]
+    inputs.draw_positions[rows] = [sequence.num_generated_tokens + index for sequence, index in samples]
 
 
-def _fill_adjustments(inputs: PassInputs, sequences: list[Sequence], adjustments: Adjustments) -> None:
-    wishes = [sequence.request.sampling.logprobs for sequence in sequences]
+def _fill_adjustments(inputs: PassInputs, samples: list[Sample], adjustments: Adjustments) -> None:
+    wishes = [sequence.request.sampling.logprobs for sequence, _ in samples]
     adjustments.wants_logprobs |= any(wish is not None for wish in wishes)
-    rows = slice(0, len(sequences))
+    rows = slice(0, len(samples))
     inputs.num_logprobs[rows] = [-1 if wish is None else wish for wish in wishes]
-    inputs.adjustment_slots[rows] = [adjustments.slot_of(sequence) for sequence in sequences]
-    inputs.mask_rows[rows] = [adjustments.mask_row_of(sequence) for sequence in sequences]
+    inputs.adjustment_slots[rows] = [adjustments.slot_of(sequence) for sequence, _ in samples]
+    inputs.mask_rows[rows] = [adjustments.mask_row_of(*sample) for sample in samples]
 
 
 def _fill_prompt_logprobs(inputs: PassInputs, chunks: list[Chunk], stops: list[int]) -> None:

@@ -177,6 +177,7 @@ class RequestMetrics(msgspec.Struct, frozen=True, array_like=True, kw_only=True)
     Sent with its final event, and as far as known with its first one: a gateway that ends a request itself, at a stop
     string, never sees the other. cached_tokens: of the prompt, found computed. queue_s: submit to first scheduled.
     prefill_s: first scheduled to first token. decode_s: first token to last.
+    draft_tokens: guessed and verified; accepted_tokens: of these, what was generated too.
     """
 
     prompt_tokens: int
@@ -185,6 +186,8 @@ class RequestMetrics(msgspec.Struct, frozen=True, array_like=True, kw_only=True)
     queue_s: float
     prefill_s: float
     decode_s: float
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True, kw_only=True):

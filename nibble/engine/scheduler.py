@@ -19,7 +19,7 @@ from bisect import insort
 from heapq import merge
 from operator import attrgetter
 
-from nibble.engine.batch import Batch, Chunk
+from nibble.engine.batch import MAX_VERIFIED_TOKENS, Batch, Chunk
 from nibble.engine.block_manager import BlockManager
 from nibble.engine.sequence import Sequence
 from nibble.engine.service_order import ServiceOrder, aged_priority
@@ -91,15 +91,28 @@ class Scheduler:
         return batch
 
     def _schedule_decode(self, batch: Batch) -> None:
-        """One token for every sequence that lacks its newest token alone."""
+        """One token for every sequence that lacks its newest token alone, and what fits of its drafts."""
         # By rank, so that whoever is preempted for want of blocks has no chunk in this step yet.
         for sequence in [sequence for sequence in self.running if sequence.is_decoding and not sequence.is_held]:
             if sequence.block_table and self._make_room(sequence):  # else it was preempted for one before it
-                batch.decode.append(Chunk(sequence, 1, True))
+                batch.decode.append(Chunk(sequence, 1, 1))
+        if any(chunk.sequence.drafts for chunk in batch.decode):
+            self._add_drafts(batch)
+
+    def _add_drafts(self, batch: Batch) -> None:
+        """Nobody is preempted for them, and every sequence could still sample in this step."""
+        spare = min(MAX_VERIFIED_TOKENS, self.max_num_batched_tokens) - len(self.running)
+        for i, (sequence, _, _) in enumerate(batch.decode):
+            num_drafts = min(len(sequence.drafts), spare)
+            num_tokens = sequence.num_computed_tokens + 1 + num_drafts
+            if num_drafts > 0 and self.block_manager.can_grow(sequence.block_table, num_tokens):
+                self.block_manager.grow(sequence.block_table, num_tokens)
+                batch.decode[i] = Chunk(sequence, 1 + num_drafts, 1 + num_drafts)
+                spare -= num_drafts
 
     def _schedule_rest(self, batch: Batch) -> None:
         """What is left of the budget, by rank: to sequences that lack more, and to new ones while their blocks fit."""
-        budget = self.max_num_batched_tokens - len(batch.decode)
+        budget = self.max_num_batched_tokens - batch.num_tokens
         is_rest = len(batch.decode) < len(self.running)
         begun = [sequence for sequence in self.running if not sequence.is_decoding] if is_rest else []
         room = self.max_num_sequences - len(self.running)
@@ -213,4 +226,5 @@ def _next_chunk(sequence: Sequence, budget: int) -> Chunk:
     """The next tokens of a sequence, at most budget, of one kind: prompt or generated."""
     stop = sequence.num_prompt_tokens if sequence.is_prefilling else sequence.num_tokens
     num_tokens = min(stop - sequence.num_computed_tokens, budget)
-    return Chunk(sequence, num_tokens, samples=sequence.num_computed_tokens + num_tokens == sequence.num_tokens)
+    is_last = sequence.num_computed_tokens + num_tokens == sequence.num_tokens
+    return Chunk(sequence, num_tokens, num_samples=int(is_last))

@@ -4,6 +4,10 @@ A token goes through two moments: a step that samples it is launched, and later 
 `unread`: it counts as a token of the sequence, and the next step may compute it (the device knows its id), but it is
 not in `token_ids`. On a backend that finishes a step before it returns, nothing is ever unread between two steps.
 
+A step may compute drafts behind the newest token (`speculative.py`). They are no tokens of the sequence: those that
+turn out to be its next ones are read together with the unread token, and have keys and values from then on. Until then
+the sequence is held, as the next step cannot know how many they are.
+
 Invariants between steps, for the scheduler and the runner:
     num_computed_tokens < num_tokens       the newest token's logits are wanted, nobody has asked for them
     num_tokens <= max_num_tokens           no step beyond the last token is ever launched
@@ -24,6 +28,8 @@ from nibble.engine.sampling_params import record_bytes, slot_content
 from nibble.engine.service_order import Rank
 from nibble.kernels.layout import BLOCK_SIZE
 from nibble.kernels.slots import SlotContent
+
+INITIAL_ACCEPTANCE = 0.7  # hopeful: what it is shows after a few drafts
 
 
 @dataclass(eq=False, slots=True)
@@ -46,9 +52,14 @@ class Sequence:
     _block_hashes: list[bytes] = field(default_factory=list)
     slot_content: SlotContent | None = None  # how its logits are adjusted; None: not at all
     is_plain: bool = True  # nothing below concerns it: no slot, no mask, no log probabilities, now or later
-    token_mask: npt.NDArray[np.int32] | None = None  # see `set_mask`
-    is_held: bool = False  # no step may compute it: what may be drawn next is not known yet, see `Constraints`
-    newest_logprobs: bytes | None = None  # record of the newest token that was read
+    token_masks: npt.NDArray[np.int32] | None = None  # see `set_masks`
+    is_held: bool = False  # no step may compute it: what comes or may be drawn next is not known yet, see `Constraints`
+    can_draft: bool = True  # no adjustment of its logits depends on tokens, see `Adjustments`
+    drafts: list[int] = field(default_factory=list)  # what may come after token_ids; the next step verifies them
+    acceptance: float = INITIAL_ACCEPTANCE  # how probably its next draft is right
+    num_draft_tokens: int = 0  # verified so far ...
+    num_accepted_tokens: int = 0  # ... and how many of them were right
+    newest_logprobs: bytes | None = None  # records of the newest tokens that were read
     prompt_logprobs: bytearray | None = None  # records of the prompt, until they are sent
     finish_reason: FinishReason | None = None
     scheduled_s: float | None = None
@@ -74,6 +85,7 @@ class Sequence:
             max_num_tokens=max(limit, len(token_ids) + 1),  # every sequence that starts gets a token
             added_s=now_s,
             slot_content=content,
+            can_draft=content is None or not content.depends_on_tokens,
             is_plain=content is None and sampling.logprobs is None and sampling.prompt_logprobs is None,
             prompt_logprobs=_prompt_records(request, num_generated=len(generated_token_ids)),
         )
@@ -108,11 +120,17 @@ class Sequence:
     @property
     def samples_plainly(self) -> bool:
         """Whether its next token needs no slot, no mask and no log probabilities."""
-        return self.is_plain or not (self.needs_slot or self.token_mask is not None or self._wants_logprobs)
+        return self.is_plain or not (self.needs_slot or self.token_masks is not None or self._wants_logprobs)
 
-    def set_mask(self, mask: npt.NDArray[np.int32] | None) -> None:
-        """What may be drawn next, see `SamplingKernels.mask_logits`; it stays until it is set anew."""
-        self.token_mask, self.is_plain = mask, False
+    def set_masks(self, masks: npt.NDArray[np.int32] | None) -> None:
+        """What may be drawn next, and behind each of the drafts: int32 (1 + drafts, W), see
+        `SamplingKernels.mask_logits`. It stays until it is set anew."""
+        self.token_masks, self.is_plain = masks, False
+
+    @property
+    def max_drafts(self) -> int:
+        """Drafts of its next step that could come to be tokens, once all tokens are read."""
+        return self.max_num_tokens - len(self.token_ids) - 1 if self.can_draft else 0
 
     @property
     def is_prefilling(self) -> bool:
@@ -143,29 +161,47 @@ class Sequence:
     def _wants_logprobs(self) -> bool:
         return self.request.sampling.logprobs is not None
 
-    def launched(self, num_tokens: int, sample_row: int | None) -> None:
-        """A step that computes its next num_tokens tokens was launched; sample_row None: it samples no new one."""
+    def launched(self, num_tokens: int, sample_row: int | None, num_drafts: int = 0) -> None:
+        """A step that computes its next num_tokens tokens, and so many drafts behind them, was launched; sample_row
+        None: it samples no new one."""
         self.num_computed_tokens += num_tokens
         if sample_row is not None:
             self.num_unread_tokens += 1
             self.sample_row = sample_row
-            self.is_held = self.request.grammar is not None
+            del self.drafts[num_drafts:]
+            self.is_held = num_drafts > 0 or self.request.grammar is not None
 
-    def append(self, token_id: int, now_s: float) -> None:
-        """Read the oldest unread token, and decide whether it was the last."""
+    def append(self, token_ids: list[int], now_s: float) -> list[int]:
+        """Read the oldest unread token and the accepted drafts: all of them but the last were drafts, and are computed.
+
+        Decides whether the last one was the sequence's last. Returns those up to the first stop token.
+        """
         assert self.num_unread_tokens > 0, f"request {self.request_id} has no unread token"
         if self.first_token_s is None:
             self.first_token_s = now_s
+        drawn, token_ids = token_ids, self._until_stop(token_ids)
+        if self.newest_logprobs is not None:
+            self.newest_logprobs = self.newest_logprobs[: len(self.newest_logprobs) // len(drawn) * len(token_ids)]
         self.num_unread_tokens -= 1
-        self.token_ids.append(token_id)
-        sampling = self.request.sampling
-        if token_id in sampling.stop_token_ids and self.num_read_tokens > sampling.min_tokens:
-            self.finish_reason = FinishReason.STOP
-        elif len(self.token_ids) >= self.max_num_tokens:
+        self.token_ids += token_ids
+        if self.block_table:  # else it was preempted meanwhile
+            self.num_computed_tokens += len(token_ids) - 1
+        if self.drafts:
+            self.drafts, self.is_held = [], self.request.grammar is not None
+        if self.finish_reason is None and len(self.token_ids) >= self.max_num_tokens:
             self.finish_reason = FinishReason.LENGTH
+        return token_ids
+
+    def _until_stop(self, token_ids: list[int]) -> list[int]:
+        sampling = self.request.sampling
+        for count, token_id in enumerate(token_ids, 1):
+            if token_id in sampling.stop_token_ids and self.num_read_tokens + count > sampling.min_tokens:
+                self.finish_reason = FinishReason.STOP
+                return token_ids[:count]
+        return token_ids
 
     def take_logprobs(self) -> tuple[bytes | None, bytes | None]:
-        """Records of the newest token and, once, of the prompt."""
+        """Records of the newest tokens and, once, of the prompt."""
         newest, prompt = self.newest_logprobs, self.prompt_logprobs
         self.newest_logprobs = self.prompt_logprobs = None
         return newest, None if prompt is None else bytes(prompt)
@@ -181,6 +217,8 @@ class Sequence:
             queue_s=max(0.0, scheduled_s - self.request.arrival_s),
             prefill_s=max(0.0, first_token_s - scheduled_s),
             decode_s=max(0.0, now_s - first_token_s),
+            draft_tokens=self.num_draft_tokens,
+            accepted_tokens=self.num_accepted_tokens,
         )
 
 

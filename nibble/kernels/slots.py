@@ -81,6 +81,11 @@ class SlotContent:
         return (self.repetition, self.frequency, self.presence) != (1.0, 0.0, 0.0)
 
     @property
+    def depends_on_tokens(self) -> bool:
+        """Whether which tokens were generated, and not their number alone, decides on the next one's logits."""
+        return self.has_counts or any(len(word) > 1 for word in self.bad_words)
+
+    @property
     def ends_with_min_tokens(self) -> bool:
         """Whether nothing is adjusted any more once min_tokens were generated."""
         return not (self.has_counts or self.biases or self.bad_words or self.allowed is not None)

@@ -77,8 +77,9 @@ class Work:
 
     sequence: Sequence
     start: int
-    stop: int
+    stop: int  # without drafts
     token_ids: list[int | None]  # of start..stop; None: the device alone knows it ...
+    drafts: list[int]
     newest_row: int  # ... here
     block_table: list[int]
     samples: bool
@@ -105,6 +106,7 @@ class SimulatedRunner(ModelRunner):
         self.latest: dict[int, tuple[Sequence, int]] = {}  # row -> whose, its newest token id
         self.max_num_batched_tokens = max_num_batched_tokens
         self.nonfinite: set[str] = set()
+        self.nonfinite_from: dict[str, int] = {}  # generated token of a request whose logits are not finite
         self.num_launched = 0
         self.num_collected = 0
 
@@ -121,12 +123,12 @@ class SimulatedRunner(ModelRunner):
         for chunk in batch.chunks:
             sequence = chunk.sequence
             assert chunk not in batch.prefill or sequence.num_computed_tokens <= sequence.num_prompt_tokens
-            assert chunk.samples == (sequence.num_computed_tokens == sequence.num_tokens - chunk.samples)
-        sequences = [chunk.sequence for chunk in batch.chunks if chunk.samples]
+            samples = chunk.num_samples > 0
+            assert samples == (sequence.num_computed_tokens == sequence.num_tokens - samples)
         copy = SimulatedCopy(lambda: self._compute(work, [*batch.moves]))
-        return PendingStep(batch, sequences, copy, num_bytes=batch.num_tokens, launched_s=0.0)
+        return PendingStep(batch, copy, num_bytes=batch.num_tokens, launched_s=0.0)
 
-    def collect(self, step: PendingStep) -> list[tuple[Sequence, int]]:
+    def collect(self, step: PendingStep) -> list[tuple[Sequence, list[int]]]:
         self.num_collected += 1
         return super().collect(step)
 
@@ -138,12 +140,16 @@ class SimulatedRunner(ModelRunner):
     def _work(self, chunk: Chunk) -> Work:
         sequence = chunk.sequence
         start, stop = sequence.num_computed_tokens, sequence.num_computed_tokens + chunk.num_tokens
+        drafts = sequence.drafts[: chunk.num_drafts]
+        stop -= len(drafts)
         token_ids: list[int | None] = [*sequence.token_ids[start:stop]]
-        if len(token_ids) < chunk.num_tokens:
+        if len(token_ids) < stop - start:
             token_ids.append(None)
             assert self.kernels.is_asynchronous
-        assert len(token_ids) == chunk.num_tokens
-        return Work(sequence, start, stop, token_ids, sequence.sample_row, [*sequence.block_table], chunk.samples)
+            assert not drafts, "the tokens before drafts are read"
+        assert len(token_ids) + len(drafts) == chunk.num_tokens
+        samples, table = chunk.num_samples > 0, [*sequence.block_table]
+        return Work(sequence, start, stop, token_ids, drafts, sequence.sample_row, table, samples)
 
     def _compute(self, step: list[Work], moves: list[BlockMove]) -> npt.NDArray[np.int32]:
         for move in moves:
@@ -155,10 +161,18 @@ class SimulatedRunner(ModelRunner):
             self._attend(work)
         for work in step:  # all of a step read before any of it writes: nobody may rely on what the same step computes
             self._write(work)
-        for row, work in enumerate(work for work in step if work.samples):
-            is_finite = work.sequence.request_id not in self.nonfinite
-            (newest,) = _tokens(work.sequence, work.stop, work.stop + 1)
-            self.latest[row] = (work.sequence, newest if is_finite else -1)
+        row = 0
+        for work in step:
+            if not work.samples:
+                continue
+            sequence = work.sequence
+            first = work.stop - sequence.num_prompt_tokens
+            bad = 0 if sequence.request_id in self.nonfinite else self.nonfinite_from.get(sequence.request_id)
+            right = _tokens(sequence, work.stop, work.stop + 1 + len(work.drafts))
+            for index, newest in enumerate(right):
+                drawn = newest if work.drafts[:index] == right[:index] else newest // 2
+                self.latest[row] = (sequence, -1 if bad is not None and first + index >= bad else drawn)
+                row += 1
         num_rows = max(self.latest, default=-1) + 1
         return np.array([self.latest[row][1] for row in range(num_rows)], np.int32)
 
@@ -179,6 +193,10 @@ class SimulatedRunner(ModelRunner):
         for block_id, start, stop in _blocks(work, work.start, work.stop):
             first = start % BLOCK_SIZE
             self.blocks[block_id][first : first + stop - start] = expected[start:stop]
+        value = expected[work.stop - 1]
+        for position, draft in enumerate(work.drafts, work.stop):
+            value = hash((value, draft, False))
+            self.blocks[work.block_table[position // BLOCK_SIZE]][position % BLOCK_SIZE] = value
 
     def _kv_values(self, work: Work) -> list[int]:
         """What must be in the slots of a sequence's tokens, those of this step included."""

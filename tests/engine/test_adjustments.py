@@ -46,7 +46,7 @@ def test_more_slots_than_the_buffer_has_room_for_wait_for_the_device(
     kernels: LateKernels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adjustments, "STAGED_SLOTS", 2)
-    kept = Adjustments(kernels, 7, VOCAB_SIZE)
+    kept = Adjustments(kernels, 7, VOCAB_SIZE, 7)
     owners = [sequence(str(i), frequency_penalty=1.0) for i in range(7)]
     for turn in (0, 1, 0):
         kept.begin(turn)
@@ -59,7 +59,7 @@ def test_more_slots_than_the_buffer_has_room_for_wait_for_the_device(
 
 
 def test_a_slot_that_follows_its_sequence_is_not_written_again(kernels: LateKernels) -> None:
-    kept = Adjustments(kernels, 2, VOCAB_SIZE)
+    kept = Adjustments(kernels, 2, VOCAB_SIZE, 2)
     owner = sequence("1", presence_penalty=1.0)
     kept.begin(0)
     slot = kept.slot_of(owner)
@@ -68,7 +68,7 @@ def test_a_slot_that_follows_its_sequence_is_not_written_again(kernels: LateKern
     kept.begin(1)
     assert kept.slot_of(owner) == slot
     assert (kept.slots[slot] == 77).all()
-    owner.append(5, 0.0)
+    owner.append([5], 0.0)
     owner.num_computed_tokens = 0  # preempted, and nothing was sampled meanwhile
     owner.launched(12, 0)
     kept.begin(0)
@@ -77,7 +77,7 @@ def test_a_slot_that_follows_its_sequence_is_not_written_again(kernels: LateKern
 
 
 def test_the_slot_that_was_not_used_for_longest_goes_to_a_new_sequence(kernels: LateKernels) -> None:
-    kept = Adjustments(kernels, 3, VOCAB_SIZE)
+    kept = Adjustments(kernels, 3, VOCAB_SIZE, 3)
     first, second, third, fourth = (sequence(str(i), repetition_penalty=1.5) for i in range(4))
     kept.begin(0)
     slots = {owner.request_id: kept.slot_of(owner) for owner in (first, second, third)}
@@ -92,7 +92,7 @@ def test_the_slot_that_was_not_used_for_longest_goes_to_a_new_sequence(kernels: 
 
 
 def test_min_tokens_alone_need_a_slot_until_they_are_reached(kernels: LateKernels) -> None:
-    kept = Adjustments(kernels, 1, VOCAB_SIZE)
+    kept = Adjustments(kernels, 1, VOCAB_SIZE, 1)
     kept.begin(0)
     assert kept.slot_of(sequence("1", 3, min_tokens=4, stop_token_ids=(7,))) == 0
     assert kept.slot_of(sequence("1", 4, min_tokens=4, stop_token_ids=(7,))) == -1
@@ -102,13 +102,14 @@ def test_min_tokens_alone_need_a_slot_until_they_are_reached(kernels: LateKernel
 
 
 def test_masks_get_rows_in_the_order_of_sequences(kernels: LateKernels) -> None:
-    kept = Adjustments(kernels, 4, VOCAB_SIZE)
+    kept = Adjustments(kernels, 4, VOCAB_SIZE, 4)
     owners = [sequence(str(i)) for i in range(3)]
-    owners[0].set_mask(pack_mask([5], VOCAB_SIZE))
-    owners[2].set_mask(pack_mask([6, 99], VOCAB_SIZE))
+    owners[0].set_masks(pack_mask([5], VOCAB_SIZE)[None])
+    owners[2].set_masks(np.stack([pack_mask([6, 99], VOCAB_SIZE), pack_mask([7], VOCAB_SIZE)]))
     for turn in range(2):
         kept.begin(turn)
-        assert [kept.mask_row_of(owner) for owner in owners] == [0, -1, 1]
+        samples = [(owners[0], 0), (owners[1], 0), (owners[2], 0), (owners[2], 1)]
+        assert [kept.mask_row_of(*sample) for sample in samples] == [0, -1, 1, 2]
         kept.upload()
-        np.testing.assert_array_equal(kept.masks[1], owners[2].token_mask)
+        np.testing.assert_array_equal(kept.masks[1:3], owners[2].token_masks)
         assert not owners[2].samples_plainly

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,12 +23,14 @@ from model_logits import (
     transformers_logits,
 )
 from random_params import adjustments
-from tiny_models import load_as_transformers
+from replay import ReplayDrafter
+from tiny_models import load_as_transformers, make_tiny_llama
 from transformers import LlamaForCausalLM
 
-from nibble.engine.limits import EngineLimits
+from nibble.engine.limits import EngineLimits, SpeculationMethod
 from nibble.engine.llm_engine import LLMEngine
 from nibble.engine.protocol import GenerationRequest, SamplingParams
+from nibble.engine.speculative import Speculation
 from nibble.kernels.interface import Mode
 from nibble.kernels.layout import KVDtype
 
@@ -256,3 +259,51 @@ def test_no_step_allocates_device_memory(kernels: CUDAKernels, engine: LLMEngine
     while engine.has_unfinished:
         engine.step()
     assert kernels.memory_info()[0] >= free_bytes  # another test's may be freed meanwhile
+
+
+@pytest.mark.parametrize("adjusts", [False, True])
+def test_drafts_change_no_token(tmp_path: Path, kernels: CUDAKernels, adjusts: bool) -> None:
+    """Copying, sampled or greedy, with log probabilities or without, alone and together: in all graphs with drafts."""
+    make_tiny_llama(tmp_path, hidden_size=256, num_layers=3, head_dim=64, vocab_size=1000, max_context_tokens=2048)
+    rng = np.random.default_rng(0)
+    requests = []
+    for i in range(20):
+        prompt = (rng.integers(0, 1000, 5 + 9 * i).tolist() * 3)[: 300 + i]
+        sampling = SamplingParams(
+            max_tokens=60 + i,
+            temperature=0.7 * (i % 2),
+            seed=i,
+            logprobs=3 if adjusts and i % 3 else None,
+            logit_bias=((i, 2.0),) if adjusts and i % 4 == 0 else (),
+        )
+        requests.append(
+            GenerationRequest(request_id=str(i), prompt_token_ids=prompt, sampling=sampling, arrival_s=float(i))
+        )
+    limits = dataclasses.replace(LIMITS, max_num_sequences=24, memory_utilization=0.2)
+    plain = completions(LLMEngine.from_checkpoint(tmp_path, kernels, limits), requests)
+    engine = LLMEngine.from_checkpoint(
+        tmp_path, kernels, dataclasses.replace(limits, speculation=SpeculationMethod.NGRAM)
+    )
+    for accuracy in (1.0, 0.7):
+        tokens = {name: completion[0] for name, completion in plain.items()}
+        engine.speculation = Speculation(ReplayDrafter(tokens, accuracy, 1000), 7, is_asynchronous=True)
+        alone: dict[str, tuple[list[int], bytes]] = {}
+        for request in requests[:6]:
+            alone |= completions(engine, [request])
+        assert alone == {name: plain[name] for name in alone}
+        assert completions(engine, requests) == plain
+        assert engine.speculation.num_accepted_tokens > 300
+
+
+def completions(engine: LLMEngine, requests: list[GenerationRequest]) -> dict[str, tuple[list[int], bytes]]:
+    """Tokens and log probabilities. Each prompt is prefilled in a step of its own."""
+    done: dict[str, tuple[list[int], bytes]] = {}
+    waiting = list(requests)
+    while engine.has_unfinished or waiting:
+        if waiting:
+            done[waiting[0].request_id] = ([], b"")
+            engine.add(waiting.pop(0))
+        for event in engine.step():
+            tokens, logprobs = done[event.request_id]
+            done[event.request_id] = (tokens + event.token_ids, logprobs + (event.logprobs or b""))
+    return done

@@ -222,7 +222,7 @@ def test_a_mask_of_the_host_decides_what_may_be_drawn(engine: LLMEngine) -> None
     allowed = [7, 299, 31, 32, 64, 7]
     events = []
     for token_id in allowed:
-        sequence.set_mask(pack_mask([token_id], VOCAB_SIZE))
+        sequence.set_masks(pack_mask([token_id], VOCAB_SIZE)[None])
         events += engine.step()
     assert tokens_of(events) == allowed
     assert len(tokens_of(events, "b")) == 6

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from nibble.engine.errors import RequestError
-from nibble.engine.llm_engine import EngineStats
 from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
+from nibble.engine.stats import EngineStats
 from nibble.service.broker.errors import BrokerError, BrokerUnavailable
 from nibble.service.broker.wire import Assignment, WorkerInfo
 from nibble.service.broker.worker_side import WorkerBroker
@@ -170,12 +170,15 @@ class WorkerLoop:
             m = event.metrics
             logger.info(
                 "event=request_finished request_id=%s finish_reason=%s prompt_tokens=%s cached_tokens=%s "
-                "generated_tokens=%s queue_ms=%.1f prefill_ms=%.1f decode_ms=%.1f error=%s",
+                "generated_tokens=%s draft_tokens=%s accepted_tokens=%s queue_ms=%.1f prefill_ms=%.1f decode_ms=%.1f "
+                "error=%s",
                 event.request_id,
                 event.finish_reason,
                 m.prompt_tokens if m else None,
                 m.cached_tokens if m else None,
                 m.generated_tokens if m else None,
+                m.draft_tokens if m else None,
+                m.accepted_tokens if m else None,
                 m.queue_s * 1e3 if m else 0.0,
                 m.prefill_s * 1e3 if m else 0.0,
                 m.decode_s * 1e3 if m else 0.0,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from nibble.engine.llm_engine import EngineStats
 from nibble.engine.protocol import RequestMetrics
+from nibble.engine.stats import EngineStats
 
 _STEP_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _QUEUE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -24,6 +24,10 @@ class WorkerMetrics:
         self.generated_tokens = self._counter("nibble_decode_tokens_total", "Tokens generated")
         self._cache_queries = [self._counter("nibble_prefix_cache_queries_total", "Prompt tokens looked up")]
         self._cache_hits = [self._counter("nibble_prefix_cache_hits_total", "Prompt tokens found in the prefix cache")]
+        self._draft_tokens = [self._counter("nibble_draft_tokens_total", "Tokens guessed and verified")]
+        self._accepted_tokens = [
+            self._counter("nibble_accepted_draft_tokens_total", "Of these, tokens that were right")
+        ]
         self.preemptions = self._counter("nibble_preemptions_total", "Sequences preempted for want of KV blocks")
         self.nonfinite = self._counter("nibble_nonfinite_logits_total", "Requests ended by NaN or Inf logits")
         self.recovered = self._counter("nibble_recovered_requests_total", "Requests taken over from another worker")
@@ -46,6 +50,12 @@ class WorkerMetrics:
                 self._counter("vllm:prefix_cache_queries", "As nibble_prefix_cache_queries_total")
             )
             self._cache_hits.append(self._counter("vllm:prefix_cache_hits", "As nibble_prefix_cache_hits_total"))
+            self._draft_tokens.append(
+                self._counter("vllm:spec_decode_num_draft_tokens", "As nibble_draft_tokens_total")
+            )
+            self._accepted_tokens.append(
+                self._counter("vllm:spec_decode_num_accepted_tokens", "As nibble_accepted_draft_tokens_total")
+            )
             self._running.append(self._gauge("vllm:num_requests_running", "As nibble_running_sequences"))
             self._waiting.append(self._gauge("vllm:num_requests_waiting", "As nibble_waiting_sequences"))
             self._kv_usage.append(self._gauge("vllm:kv_cache_usage_perc", "As nibble_kv_cache_usage_ratio"))
@@ -64,6 +74,8 @@ class WorkerMetrics:
         for counters, increase in (
             (self._cache_queries, stats.num_cache_queries - last.num_cache_queries),
             (self._cache_hits, stats.num_cache_hits - last.num_cache_hits),
+            (self._draft_tokens, stats.num_draft_tokens - last.num_draft_tokens),
+            (self._accepted_tokens, stats.num_accepted_tokens - last.num_accepted_tokens),
         ):
             for counter in counters:
                 counter.inc(increase)

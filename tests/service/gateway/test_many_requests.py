@@ -23,8 +23,8 @@ from prometheus_client import generate_latest
 from starlette.types import ASGIApp, Message
 
 from nibble.engine.errors import RequestError
-from nibble.engine.llm_engine import EngineStats
 from nibble.engine.protocol import FinishReason, GenerationRequest, RequestMetrics, TokenEvent
+from nibble.engine.stats import EngineStats
 from nibble.service.broker.wire import WorkerInfo
 from nibble.service.broker.worker_side import WorkerBroker
 from nibble.service.gateway.app import create_app, create_gateway

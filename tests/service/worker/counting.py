@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from nibble.engine.errors import RequestError
-from nibble.engine.llm_engine import EngineStats
 from nibble.engine.protocol import FinishReason, GenerationRequest, SamplingParams, TokenEvent
+from nibble.engine.stats import EngineStats
 from nibble.service.broker.wire import WorkerInfo
 from nibble.service.broker.worker_side import WorkerBroker
 from nibble.service.worker.loop import WorkerLoop
