@@ -27,6 +27,8 @@ def test_a_misspelt_variable_is_an_error_that_names_the_right_one() -> None:
         ("NIBBLE_KV_CACHE_BYTES", "many"),
         ("NIBBLE_DEVICE", "tpu"),
         ("NIBBLE_GPU_MEMORY_UTILIZATION", "1.5"),
+        ("NIBBLE_SPECULATION", "always"),
+        ("NIBBLE_NUM_DRAFTS", "8"),
         ("NIBBLE_LEASE_S", "-1"),
         ("NIBBLE_METRICS_PORT", "70000"),
     ],

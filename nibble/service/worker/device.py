@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from pathlib import Path
 
-from nibble.engine.limits import EngineLimits
+from nibble.engine.limits import EngineLimits, SpeculationMethod
 from nibble.kernels.interface import Kernels
 from nibble.kernels.layout import KVDtype
 from nibble.service.settings import SettingsError
@@ -20,6 +20,7 @@ LEAST_CUDA = 13000  # of the driver: what CuPy and the compiler of the kernels a
 CPU_DEFAULTS = (64, 512)  # sequences, tokens of a step
 # Four times as many prefill 5 % faster, but others wait 160 ms, not 92, beside a prompt of 8k (docs/performance.md).
 CUDA_DEFAULTS = (256, 2048)
+CPU_SPECULATION, CUDA_SPECULATION = "ngram", "off"  # what it gains on a GPU has not been measured yet
 # s; a step takes milliseconds on a GPU, where only a kernel's compilation takes longer. A CPU may need minutes for a
 # large model's full step, and half a minute to compile everything (before the first step, but for rare variants).
 CUDA_STEP_TIMEOUT_S, CPU_STEP_TIMEOUT_S = 60.0, 300.0
@@ -94,6 +95,8 @@ def engine_limits(settings: WorkerSettings, is_cuda: bool) -> EngineLimits:
         kv_dtype=KVDtype(settings.kv_dtype),
         memory_utilization=settings.gpu_memory_utilization,
         has_prefix_cache=settings.prefix_cache,
+        speculation=SpeculationMethod(settings.speculation or (CUDA_SPECULATION if is_cuda else CPU_SPECULATION)),
+        num_drafts=settings.num_drafts,
         swap_bytes=settings.swap_bytes,
     )
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field
 
+from nibble.engine.limits import MAX_DRAFTS
 from nibble.service.settings import ProcessSettings
 
 
@@ -21,9 +22,10 @@ class WorkerSettings(ProcessSettings):
 
     kv_cache_bytes takes units (`2GiB`); without it the KV cache gets a share of the free memory, on a GPU all that is
     left of gpu_memory_utilization, the share of its memory that may be in use. swap_bytes is page-locked memory of the
-    machine, taken at start, for the blocks of preempted sequences; a CPU worker takes none. What max_num_sequences and
-    max_num_batched_tokens are by default depends on the device, and so does step_timeout_s: a step that takes longer
-    hangs, and the worker ends. metrics_port 0 turns the endpoint of metrics and health off.
+    machine, taken at start, for the blocks of preempted sequences; a CPU worker takes none. What max_num_sequences,
+    max_num_batched_tokens and speculation are by default depends on the device, and so does step_timeout_s: a step that
+    takes longer hangs, and the worker ends. num_drafts: tokens of a request that are guessed in one step, at most.
+    metrics_port 0 turns the endpoint of metrics and health off.
     """
 
     model_dir: Path
@@ -38,6 +40,8 @@ class WorkerSettings(ProcessSettings):
     kernel_cache_dir: Path | None = None
     kv_dtype: Literal["int8", "fp16"] = "int8"
     prefix_cache: bool = True
+    speculation: Literal["off", "ngram"] | None = None
+    num_drafts: Annotated[int, Field(ge=1, le=MAX_DRAFTS)] = MAX_DRAFTS
     swap_bytes: ByteSize = ByteSize(0)
     lease_s: Annotated[float, Field(gt=0)] = 10.0
     step_timeout_s: Annotated[float, Field(gt=0)] | None = None
