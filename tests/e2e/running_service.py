@@ -24,7 +24,7 @@ class RunningService:
         self.process = process
         self.url = f"http://127.0.0.1:{port}"
         self.lines: list[str] = []
-        self._metrics_port = metrics_port
+        self.metrics_port = metrics_port
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -56,7 +56,7 @@ class RunningService:
 
     def running_sequences(self, worker: int = 0) -> int:
         """The gauge of one worker."""
-        text = httpx.get(f"http://127.0.0.1:{self._metrics_port + worker}/metrics").text
+        text = httpx.get(f"http://127.0.0.1:{self.metrics_port + worker}/metrics").text
         match = re.search(r"^nibble_running_sequences\{.*\} (\S+)$", text, re.MULTILINE)
         assert match, text
         return int(float(match[1]))
