@@ -19,7 +19,7 @@ from nibble.engine.checkpoint.native import load_checkpoint
 from nibble.engine.checkpoint.resolve import resolve_checkpoint
 from nibble.engine.limits import EngineLimits
 from nibble.engine.llm_engine import LLMEngine
-from nibble.engine.memory_plan import make_runner
+from nibble.engine.memory_plan import make_runners
 from nibble.engine.model import DecoderModel
 from nibble.engine.protocol import GenerationRequest, SamplingParams
 from nibble.kernels.interface import Kernels
@@ -138,7 +138,8 @@ class Bench:
             has_prefix_cache=has_cache,
             swap_bytes=swap_bytes,
         )
-        run = Run(LLMEngine(make_runner(self.kernels, self._model, limits), config, limits))
+        (runner,) = make_runners(self.kernels, [self._model], limits)
+        run = Run(LLMEngine(runner, config, limits))
         run.add("warm up", [1] * 100, 3)
         run.finish()
         return Run(run.engine)

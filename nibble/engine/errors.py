@@ -2,7 +2,8 @@
 
 EngineError
 ├── RequestError     one request cannot be run as asked; the others go on
-└── CapacityError    the device cannot hold what was asked for at start
+├── CapacityError    the device cannot hold what was asked for at start
+└── DraftModelError  the draft model cannot draft for the model
 """
 
 
@@ -12,6 +13,10 @@ class EngineError(Exception):
 
 class RequestError(EngineError):
     """A request is refused: says what, the limit and the value."""
+
+
+class DraftModelError(EngineError):
+    """Its tokenizer is another one, or it is not there: says which file."""
 
 
 class CapacityError(EngineError):

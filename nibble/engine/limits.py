@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from nibble.kernels.layout import KVDtype
 
@@ -15,6 +16,7 @@ class SpeculationMethod(StrEnum):
 
     OFF = "off"
     NGRAM = "ngram"  # the sequence's own text
+    DRAFT_MODEL = "draft_model"  # a small model of the same tokenizer
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class EngineLimits:
     swap_bytes: of the host's memory, page-locked, for the blocks of preempted sequences; rounded down to whole blocks,
     and without effect where the device's memory is the host's.
 
-    num_drafts: of a sequence in one step, at most.
+    num_drafts: of a sequence in one step, at most. draft_model_dir: a native checkpoint, where a draft model is the
+    method.
     """
 
     kv_cache_bytes: int | None
@@ -39,3 +42,8 @@ class EngineLimits:
     swap_bytes: int = 0
     speculation: SpeculationMethod = SpeculationMethod.OFF
     num_drafts: int = MAX_DRAFTS
+    draft_model_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        is_model = self.speculation is SpeculationMethod.DRAFT_MODEL
+        assert is_model == (self.draft_model_dir is not None), "a draft model is given where it is the method"

@@ -19,10 +19,11 @@ from pathlib import Path
 from nibble.engine.batch import Batch
 from nibble.engine.block_manager import BlockManager
 from nibble.engine.checkpoint.native import Checkpoint, load_checkpoint
+from nibble.engine.draft_model import check_same_tokenizer, make_speculation
 from nibble.engine.errors import CapacityError, RequestError
 from nibble.engine.grammar import Constraints, Ending
-from nibble.engine.limits import EngineLimits, SpeculationMethod
-from nibble.engine.memory_plan import make_runner
+from nibble.engine.limits import EngineLimits
+from nibble.engine.memory_plan import make_runners
 from nibble.engine.model import DecoderModel
 from nibble.engine.model_config import ModelConfig
 from nibble.engine.model_runner import ModelRunner, PendingStep
@@ -30,11 +31,11 @@ from nibble.engine.protocol import FinishReason, GenerationRequest, InvalidSampl
 from nibble.engine.scheduler import Scheduler
 from nibble.engine.sequence import Sequence
 from nibble.engine.service_order import ServiceOrder, aged_priority
-from nibble.engine.speculative import FORCED_ACCEPTANCE, NgramDrafter, Speculation
+from nibble.engine.speculative import FORCED_ACCEPTANCE, Speculation
 from nibble.engine.stats import EngineStats
 from nibble.grammar.compiler import GrammarCompiler
 from nibble.kernels.interface import Kernels
-from nibble.kernels.layout import BLOCK_SIZE, KVLayout
+from nibble.kernels.layout import BLOCK_SIZE
 
 TOKENIZER_FILE = "tokenizer.json"  # of a checkpoint directory
 
@@ -76,7 +77,9 @@ class LLMEngine:
 
     @classmethod
     def from_checkpoint(cls, directory: Path, kernels: Kernels, limits: EngineLimits) -> LLMEngine:
-        """Load a native checkpoint directory. Raises CheckpointError, CapacityError."""
+        """Load a native checkpoint directory. Raises CheckpointError, CapacityError, DraftModelError."""
+        if limits.draft_model_dir is not None:
+            check_same_tokenizer(directory / TOKENIZER_FILE, limits.draft_model_dir / TOKENIZER_FILE)
         engine = cls.load(load_checkpoint(directory), kernels, limits)
         config, tokenizer_file = engine.config, directory / TOKENIZER_FILE
         if tokenizer_file.exists():
@@ -85,17 +88,17 @@ class LLMEngine:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, kernels: Kernels, limits: EngineLimits) -> LLMEngine:
-        """Bring the weights to the device and plan its memory. Raises CapacityError."""
-        config = checkpoint.config
-        layout = KVLayout(config.num_kv_heads, config.head_dim, limits.kv_dtype)
+        """Bring the weights to the device and plan its memory. Raises CapacityError; CheckpointError, where a draft
+        model cannot be read."""
+        checkpoints = [checkpoint]
+        if limits.draft_model_dir is not None:
+            checkpoints.append(load_checkpoint(limits.draft_model_dir))
         try:
-            model = DecoderModel(config, kernels, checkpoint, layout)
+            models = [DecoderModel.load(kernels, each, limits.kv_dtype) for each in checkpoints]
         except MemoryError as error:
             raise CapacityError(f"the weights do not fit into the device's memory: {error}") from error
-        speculation = None
-        if limits.speculation is SpeculationMethod.NGRAM:
-            speculation = Speculation(NgramDrafter(), limits.num_drafts, kernels.is_asynchronous)
-        return cls(make_runner(kernels, model, limits), config, limits, speculation=speculation)
+        runner, *draft_runners = make_runners(kernels, models, limits)
+        return cls(runner, checkpoint.config, limits, speculation=make_speculation(runner, draft_runners, limits))
 
     def check(self, request: GenerationRequest) -> None:
         """Raises RequestError if it can never run here."""

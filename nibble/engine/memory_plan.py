@@ -61,66 +61,90 @@ class MemoryPlan:
         )
 
 
-def make_runner(kernels: Kernels, model: DecoderModel, limits: EngineLimits) -> ModelRunner:
-    """A runner with all its memory, warm. Raises CapacityError."""
-    make = partial(
-        ModelRunner,
-        kernels,
-        model,
-        max_sequences=limits.max_num_sequences,
-        max_tokens=limits.max_num_batched_tokens,
-        max_verified=_max_verified(limits),
-    )
-    block_bytes = model.config.num_layers * model.kv_layout.block_bytes
+def make_runners(kernels: Kernels, models: list[DecoderModel], limits: EngineLimits) -> list[ModelRunner]:
+    """Runners with all their memory, warm. The first model's is the engine's; another one is its draft model. Raises
+    CapacityError.
+
+    All have as many KV blocks, so that whatever the model holds its draft model can hold.
+    """
     if not kernels.is_asynchronous:
         if limits.kv_cache_bytes is None:
             raise CapacityError("the size of the KV cache must be given where memory is shared with other processes")
-        return make(num_blocks=_num_blocks(limits.kv_cache_bytes, block_bytes))
+        return _make(kernels, models, limits, _num_blocks(limits.kv_cache_bytes, models))
     try:
-        return _plan(kernels, model, limits, make)
+        return _plan(kernels, models, limits)
     except MemoryError as error:
-        raise CapacityError(f"weights of {model.weight_bytes} bytes leave too little memory: {error}") from error
+        weight_bytes = sum(model.weight_bytes for model in models)
+        raise CapacityError(f"weights of {weight_bytes} bytes leave too little memory: {error}") from error
 
 
-def _plan(kernels: Kernels, model: DecoderModel, limits: EngineLimits, make: partial[ModelRunner]) -> ModelRunner:
+def _make(
+    kernels: Kernels, models: list[DecoderModel], limits: EngineLimits, num_blocks: int, num_swap_blocks: int = 0
+) -> list[ModelRunner]:
+    """What only the engine's own needs, a draft model's has not: verified drafts, swapped blocks."""
+    return [
+        ModelRunner(
+            kernels,
+            model,
+            num_blocks=num_blocks,
+            max_sequences=limits.max_num_sequences,
+            max_tokens=limits.max_num_batched_tokens,
+            max_verified=0 if index else _max_verified(limits),
+            num_swap_blocks=0 if index else num_swap_blocks,
+        )
+        for index, model in enumerate(models)
+    ]
+
+
+def _plan(kernels: Kernels, models: list[DecoderModel], limits: EngineLimits) -> list[ModelRunner]:
     kernels.warm_up()
-    workspace_bytes = kernels.fit_workspace(partial(_compute_every_shape, kernels, model, limits))
+    workspace_bytes = kernels.fit_workspace(partial(_compute_every_shape, kernels, models, limits))
     free_bytes, total_bytes = kernels.memory_info()
-    graph_bytes = _buffer_and_graph_bytes(kernels, make, free_bytes)
+    graph_bytes = _buffer_and_graph_bytes(kernels, models, limits, free_bytes)
     gc.collect()  # what was captured may refer to the runner that holds it
-    num_blocks = _fit_kv_cache(total_bytes, total_bytes - free_bytes + graph_bytes, model, limits)
-    block_bytes = model.config.num_layers * model.kv_layout.block_bytes
-    runner = make(num_blocks=num_blocks, num_swap_blocks=min(limits.swap_bytes // block_bytes, num_blocks))
-    runner.capture()
+    num_blocks = _fit_kv_cache(total_bytes, total_bytes - free_bytes + graph_bytes, models, limits)
+    num_swap_blocks = min(limits.swap_bytes // _block_bytes(models[:1]), num_blocks)
+    runners = _make(kernels, models, limits, num_blocks, num_swap_blocks)
+    for runner in runners:
+        runner.capture()
+    weight_bytes = sum(model.weight_bytes for model in models)
     MemoryPlan(
         total_bytes=total_bytes,
-        weight_bytes=model.weight_bytes,
+        weight_bytes=weight_bytes,
         workspace_bytes=workspace_bytes,
         graph_bytes=graph_bytes,
-        kv_cache_bytes=int(runner.kv_cache.nbytes),
-        other_bytes=total_bytes - free_bytes - model.weight_bytes - workspace_bytes,
+        kv_cache_bytes=sum(int(runner.kv_cache.nbytes) for runner in runners),
+        other_bytes=total_bytes - free_bytes - weight_bytes - workspace_bytes,
         free_bytes=kernels.memory_info()[0],
         num_blocks=num_blocks,
-        num_swap_blocks=runner.num_swap_blocks,
+        num_swap_blocks=num_swap_blocks,
     ).log()
-    return runner
+    return runners
 
 
-def _buffer_and_graph_bytes(kernels: Kernels, make: partial[ModelRunner], free_bytes: int) -> int:
-    """At most so many, of a runner without a KV cache."""
-    trial = make(num_blocks=0)
-    buffer_bytes = free_bytes - kernels.memory_info()[0]
-    largest = trial.capture_largest()
-    largest_bytes = free_bytes - buffer_bytes - kernels.memory_info()[0]
-    return buffer_bytes + largest_bytes * trial.num_graphs // len(largest)
+def _buffer_and_graph_bytes(kernels: Kernels, models: list[DecoderModel], limits: EngineLimits, free_bytes: int) -> int:
+    """At most so many, of runners without KV caches."""
+    trials = _make(kernels, models, limits, num_blocks=0)
+    num_bytes, kept = free_bytes - kernels.memory_info()[0], []
+    for trial in trials:
+        free_bytes = kernels.memory_info()[0]
+        largest = trial.capture_largest()
+        kept.append(largest)  # so that the next one's are measured beside it
+        num_bytes += (free_bytes - kernels.memory_info()[0]) * trial.num_graphs // len(largest)
+    return num_bytes
 
 
-def _fit_kv_cache(total_bytes: int, used_bytes: int, model: DecoderModel, limits: EngineLimits) -> int:
+def _block_bytes(models: list[DecoderModel]) -> int:
+    """Of a block of each."""
+    return sum(model.config.num_layers * model.kv_layout.block_bytes for model in models)
+
+
+def _fit_kv_cache(total_bytes: int, used_bytes: int, models: list[DecoderModel], limits: EngineLimits) -> int:
     """Blocks that fit beside what is in use. Raises CapacityError."""
-    block_bytes = model.config.num_layers * model.kv_layout.block_bytes
+    block_bytes = _block_bytes(models)
     left_bytes = int(total_bytes * limits.memory_utilization) - used_bytes - SLACK_BYTES
     # More blocks than the sequences can fill are of no use.
-    most = limits.max_num_sequences * num_blocks_for(model.config.max_context_tokens) + IDLE_BLOCKS
+    most = limits.max_num_sequences * num_blocks_for(models[0].config.max_context_tokens) + IDLE_BLOCKS
     wanted_bytes = min(left_bytes, most * block_bytes) if limits.kv_cache_bytes is None else limits.kv_cache_bytes
     if wanted_bytes > left_bytes:
         raise CapacityError(f"a KV cache of {wanted_bytes} bytes is asked for, {left_bytes} are left")
@@ -129,10 +153,11 @@ def _fit_kv_cache(total_bytes: int, used_bytes: int, model: DecoderModel, limits
             f"{limits.memory_utilization:.0%} of {total_bytes} bytes of memory are to be used, {used_bytes} are "
             f"taken before the KV cache, of which one block takes {block_bytes}"
         )
-    return _num_blocks(wanted_bytes, block_bytes)
+    return _num_blocks(wanted_bytes, models)
 
 
-def _num_blocks(kv_cache_bytes: int, block_bytes: int) -> int:
+def _num_blocks(kv_cache_bytes: int, models: list[DecoderModel]) -> int:
+    block_bytes = _block_bytes(models)
     num_blocks = kv_cache_bytes // block_bytes - IDLE_BLOCKS
     if num_blocks < 1:
         needed_bytes = (1 + IDLE_BLOCKS) * block_bytes
@@ -140,29 +165,24 @@ def _num_blocks(kv_cache_bytes: int, block_bytes: int) -> int:
     return num_blocks
 
 
-def _compute_every_shape(kernels: Kernels, model: DecoderModel, limits: EngineLimits) -> None:
+def _compute_every_shape(kernels: Kernels, models: list[DecoderModel], limits: EngineLimits) -> None:
     """Passes of one layer (all layers use the same workspace) over every kind of shape that a step can have.
 
     What an op needs depends on shapes alone, and not always the more the longer: small numbers of tokens are split
     along the reduction. So every power of two is tried, with as few sequences as possible and with as many.
     """
-    runner = ModelRunner(
-        kernels,
-        model.first_layer(),
-        num_blocks=0,
-        max_sequences=limits.max_num_sequences,
-        max_tokens=limits.max_num_batched_tokens,
-        max_verified=_max_verified(limits),
-    )
-    max_blocks = num_blocks_for(model.config.max_context_tokens)
     sizes = {1 << i for i in range(limits.max_num_batched_tokens.bit_length())} | {limits.max_num_batched_tokens}
-    for num_tokens in sorted(sizes):
-        fewest = -(-num_tokens // model.config.max_context_tokens)
-        for num_sequences in {fewest, min(num_tokens, limits.max_num_sequences)}:
-            num_samples = min(num_tokens, max(num_sequences, _max_verified(limits)))
-            shape = PassShape(num_tokens, num_sequences, max_blocks, num_samples, adjusts=True)
-            for mode in Mode:
-                runner.compute_idle(shape, mode)
+    runners = _make(kernels, [model.first_layer() for model in models], limits, num_blocks=0)
+    for runner, max_verified in zip(runners, (_max_verified(limits), 0), strict=False):
+        max_context_tokens = runner.model.config.max_context_tokens
+        max_blocks = num_blocks_for(max_context_tokens)
+        for num_tokens in sorted(sizes):
+            fewest = -(-num_tokens // max_context_tokens)
+            for num_sequences in {fewest, min(num_tokens, limits.max_num_sequences)}:
+                num_samples = min(num_tokens, max(num_sequences, max_verified))
+                shape = PassShape(num_tokens, num_sequences, max_blocks, num_samples, adjusts=True)
+                for mode in Mode:
+                    runner.compute_idle(shape, mode)
 
 
 def _max_verified(limits: EngineLimits) -> int:

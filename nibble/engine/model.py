@@ -16,7 +16,7 @@ from nibble.engine.checkpoint.native import Checkpoint
 from nibble.engine.model_config import ModelConfig
 from nibble.engine.rope import inverse_frequencies
 from nibble.kernels.interface import Array, AttentionBatch, AttentionStep, Int4Weight, Int8Weight, Kernels, Mode
-from nibble.kernels.layout import KVLayout
+from nibble.kernels.layout import KVDtype, KVLayout
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,12 @@ class DecoderModel:
         self.lm_head = self.embedding if config.tie_word_embeddings else loader.int8("lm_head")
         self.rope_table = kernels.rope_table(inverse_frequencies(config), config.max_context_tokens, 1.0)
         self.weight_bytes = loader.num_bytes
+
+    @classmethod
+    def load(cls, kernels: Kernels, checkpoint: Checkpoint, kv_dtype: KVDtype) -> DecoderModel:
+        """With a KV cache of this type. Raises MemoryError."""
+        config = checkpoint.config
+        return cls(config, kernels, checkpoint, KVLayout(config.num_kv_heads, config.head_dim, kv_dtype))
 
     def forward(self, batch: ForwardBatch, kv_cache: Array) -> Array:
         """Compute all tokens of the batch, appending their keys and values to kv_cache (num_layers, num_blocks, ...).

@@ -128,7 +128,7 @@ class Scheduler:
                 if not self._start(sequence):
                     is_full = True  # nor does anybody behind it start: they would take its blocks
                     continue
-            chunk = _next_chunk(sequence, budget)
+            chunk = next_chunk(sequence, budget)
             budget -= chunk.num_tokens
             (batch.prefill if sequence.is_prefilling else batch.decode).append(chunk)
 
@@ -222,7 +222,7 @@ class Scheduler:
         return sequence.block_hashes((sequence.num_tokens - 1) // BLOCK_SIZE)
 
 
-def _next_chunk(sequence: Sequence, budget: int) -> Chunk:
+def next_chunk(sequence: Sequence, budget: int) -> Chunk:
     """The next tokens of a sequence, at most budget, of one kind: prompt or generated."""
     stop = sequence.num_prompt_tokens if sequence.is_prefilling else sequence.num_tokens
     num_tokens = min(stop - sequence.num_computed_tokens, budget)

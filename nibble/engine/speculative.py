@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from nibble.engine.batch import MAX_VERIFIED_TOKENS
@@ -100,6 +100,7 @@ class StepCost:
 
     token: float  # each further token of a step
     wait: float  # the device's, where a step's results are read before the next one is launched
+    draft: float = 0.0  # one more draft for each sequence, before the step
 
     def of(self, num_tokens: int) -> float:
         return 1 + self.token * (num_tokens - 1)
@@ -124,13 +125,13 @@ class Speculation:
     none, and steps overlap as they do without speculation. Sequences with a grammar are waiting for their masks anyway.
     """
 
-    def __init__(self, drafter: Drafter, num_drafts: int, is_asynchronous: bool) -> None:
-        """num_drafts: of a sequence in one step, at most."""
+    def __init__(self, drafter: Drafter, num_drafts: int, is_asynchronous: bool, draft_cost: float = 0.0) -> None:
+        """num_drafts: of a sequence in one step, at most. draft_cost: see `StepCost`."""
         self.drafter = drafter
         self.num_draft_tokens = 0  # verified
         self.num_accepted_tokens = 0  # ... and right
         self._num_drafts = num_drafts
-        self._cost = ASYNCHRONOUS if is_asynchronous else SYNCHRONOUS
+        self._cost = replace(ASYNCHRONOUS if is_asynchronous else SYNCHRONOUS, draft=draft_cost)
 
     def draft(self, sequences: list[Sequence], num_running: int) -> bool:
         """Give drafts to those whose tokens are all read. Whether the others' unread tokens should be waited for,
@@ -172,7 +173,7 @@ class Speculation:
         """Drafts worth their time, each accepted so often if the one before it was."""
         if num_running >= MAX_VERIFIED_TOKENS:
             return 0
-        least = self._cost.token * num_running / self._cost.of(num_running)
+        least = (self._cost.token * num_running + self._cost.draft) / self._cost.of(num_running)
         count = 0
         while count < self._num_drafts and acceptance ** (count + 1) >= least:
             count += 1
@@ -193,4 +194,5 @@ class Speculation:
         )
         alone = self._cost.of(num_running)
         together = self._cost.of(num_running + sum(num_drafts.values())) + self._cost.wait
+        together += self._cost.draft * max(num_drafts.values(), default=0)
         return (num_running + num_accepted) * alone > num_running * together

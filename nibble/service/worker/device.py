@@ -82,12 +82,18 @@ def make_kernels(settings: WorkerSettings, is_cuda: bool) -> Kernels:
 
 
 def engine_limits(settings: WorkerSettings, is_cuda: bool) -> EngineLimits:
-    """What the settings allow, with the device's defaults for what they leave open."""
+    """What the settings allow, with the device's defaults for what they leave open. Raises SettingsError."""
     num_sequences, num_tokens = CUDA_DEFAULTS if is_cuda else CPU_DEFAULTS
     max_num_sequences = settings.max_num_sequences or num_sequences
     kv_cache_bytes: int | None = settings.kv_cache_bytes
     if kv_cache_bytes is None and not is_cuda:
         kv_cache_bytes = min(KV_CACHE_MAX_BYTES, int(_free_memory_bytes() * KV_CACHE_SHARE))
+    speculation = SpeculationMethod(settings.speculation or (CUDA_SPECULATION if is_cuda else CPU_SPECULATION))
+    if (speculation is SpeculationMethod.DRAFT_MODEL) != (settings.draft_model_dir is not None):
+        raise SettingsError(
+            "NIBBLE_DRAFT_MODEL_DIR: it goes with NIBBLE_SPECULATION=draft_model "
+            f"(got {str(settings.draft_model_dir)!r} and {str(speculation)!r})"
+        )
     return EngineLimits(
         kv_cache_bytes=kv_cache_bytes,
         max_num_sequences=max_num_sequences,
@@ -95,9 +101,10 @@ def engine_limits(settings: WorkerSettings, is_cuda: bool) -> EngineLimits:
         kv_dtype=KVDtype(settings.kv_dtype),
         memory_utilization=settings.gpu_memory_utilization,
         has_prefix_cache=settings.prefix_cache,
-        speculation=SpeculationMethod(settings.speculation or (CUDA_SPECULATION if is_cuda else CPU_SPECULATION)),
+        speculation=speculation,
         num_drafts=settings.num_drafts,
         swap_bytes=settings.swap_bytes,
+        draft_model_dir=settings.draft_model_dir,
     )
 
 

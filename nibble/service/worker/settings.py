@@ -25,7 +25,8 @@ class WorkerSettings(ProcessSettings):
     machine, taken at start, for the blocks of preempted sequences; a CPU worker takes none. What max_num_sequences,
     max_num_batched_tokens and speculation are by default depends on the device, and so does step_timeout_s: a step that
     takes longer hangs, and the worker ends. num_drafts: tokens of a request that are guessed in one step, at most.
-    metrics_port 0 turns the endpoint of metrics and health off.
+    draft_model_dir: a native directory, where speculation is draft_model. metrics_port 0 turns the endpoint of metrics
+    and health off.
     """
 
     model_dir: Path
@@ -40,9 +41,10 @@ class WorkerSettings(ProcessSettings):
     kernel_cache_dir: Path | None = None
     kv_dtype: Literal["int8", "fp16"] = "int8"
     prefix_cache: bool = True
-    speculation: Literal["off", "ngram"] | None = None
+    speculation: Literal["off", "ngram", "draft_model"] | None = None
     num_drafts: Annotated[int, Field(ge=1, le=MAX_DRAFTS)] = MAX_DRAFTS
     swap_bytes: ByteSize = ByteSize(0)
+    draft_model_dir: Path | None = None
     lease_s: Annotated[float, Field(gt=0)] = 10.0
     step_timeout_s: Annotated[float, Field(gt=0)] | None = None
     metrics_host: str = "127.0.0.1"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nibble.engine.limits import SpeculationMethod
 from nibble.service.settings import SettingsError
 from nibble.service.worker import device
 from nibble.service.worker.settings import WorkerSettings
@@ -98,3 +99,15 @@ def test_a_worker_imports_no_backend_before_it_knows_its_device() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert not set(done.stdout.split()) & {"torch", "numba", "cupy"}
+
+
+def test_drafts_come_from_the_text_on_a_cpu_and_from_a_model_where_one_is_given(tmp_path: Path) -> None:
+    assert device.engine_limits(settings(), is_cuda=False).speculation is SpeculationMethod.NGRAM
+    assert device.engine_limits(settings(), is_cuda=True).speculation is SpeculationMethod.OFF
+    given = device.engine_limits(
+        settings(speculation="draft_model", draft_model_dir=tmp_path, num_drafts=3), is_cuda=True
+    )
+    assert (given.speculation, given.draft_model_dir, given.num_drafts) == ("draft_model", tmp_path, 3)
+    for wrong in ({"speculation": "draft_model"}, {"draft_model_dir": tmp_path}):
+        with pytest.raises(SettingsError, match="NIBBLE_DRAFT_MODEL_DIR: it goes with NIBBLE_SPECULATION=draft_model"):
+            device.engine_limits(settings(**wrong), is_cuda=False)
