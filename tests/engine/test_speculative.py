@@ -43,7 +43,7 @@ def test_tokens_stand_up_to_the_first_that_was_guessed_wrong(
     assert verify(drafts, drawn) == tokens
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 40), st.integers(1, 8))
 def test_ngrams_continue_as_the_newest_tokens_did_before(tokens: list[int], num_known: int, count: int) -> None:
     """Against a search of all places, of a text that comes in two parts."""
