@@ -75,6 +75,24 @@ class Int8Weight:
 
 
 @dataclass(frozen=True)
+class Float16Weight:
+    """A matrix that is not quantised."""
+
+    values: Array  # float16 (out_features, in_features), in_features a multiple of 16
+
+    @property
+    def out_features(self) -> int:
+        return int(self.values.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.values.shape[1])
+
+
+Weight: TypeAlias = Int4Weight | Int8Weight | Float16Weight
+
+
+@dataclass(frozen=True)
 class AttentionBatch:
     """Which tokens of a step belong to which sequence, and where their keys and values live.
 
@@ -85,6 +103,7 @@ class AttentionBatch:
     query_starts: Array  # int32 (S + 1,)
     context_lens: Array  # int32 (S,)
     block_tables: Array  # int32 (S, max_blocks); entries past a sequence's last block are undefined
+    window: int | None = None  # a query sees so many of the newest positions, its own included; None: all
 
 
 @dataclass(frozen=True)
@@ -175,7 +194,10 @@ class Kernels(SamplingKernels, Protocol):
     def read_bandwidth(self) -> float:
         """Bytes per second that the device reads from memory, measured: the roof of decode."""
 
-    def embedding(self, ids: Array, weight: Int8Weight) -> Array:
+    def supports(self, layout: KVLayout) -> bool:
+        """Whether there is attention for such blocks."""
+
+    def embedding(self, ids: Array, weight: Int8Weight | Float16Weight) -> Array:
         """Rows of the embedding table, dequantised. ids int32 (T,) -> new float32 (T, H)."""
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
@@ -210,8 +232,26 @@ class Kernels(SamplingKernels, Protocol):
     ) -> Array:
         """As `int4_linear`, for INT8 weights (linears that a checkpoint does not hold in 4 bits)."""
 
-    def logits(self, x: Array, weight: Int8Weight) -> Array:
+    def float16_linear(
+        self,
+        x: Array,
+        weight: Float16Weight,
+        bias: Array | None = None,
+        residual: Array | None = None,
+        *,
+        mode: Mode,
+        gated: bool = False,
+    ) -> Array:
+        """As `int4_linear`, for weights that are not quantised: what quantised ones are compared with."""
+
+    def logits(self, x: Array, weight: Int8Weight | Float16Weight) -> Array:
         """x @ w.T of the lm_head: x (S, H) -> new float32 (S, V). Batch-invariant as in `Mode.DECODE`."""
+
+    def norm_heads(self, qkv: Array, q_weight: Array, k_weight: Array, eps: float, layout: KVLayout) -> None:
+        """`rms_norm` of each head of q, by q_weight, and of k, by k_weight, in place; weights float32 (D,).
+
+        qkv as in `rope`, which comes after it.
+        """
 
     def rope_table(self, inverse_frequencies: list[float], num_positions: int, attention_factor: float) -> Array:
         """Rotary table float32 (num_positions, 2, D / 2): cos and sin of p * inverse_frequencies, times the factor.
@@ -235,7 +275,8 @@ class Kernels(SamplingKernels, Protocol):
     def paged_attention(
         self, qkv: Array, kv_cache: Array, batch: AttentionBatch, layout: KVLayout, *, mode: Mode
     ) -> Array:
-        """Causal attention of this step's queries over the paged cache (this step's tokens were appended before).
+        """Causal attention of this step's queries over the paged cache (this step's tokens were appended before), or
+        over the last `batch.window` positions of it.
 
         Query head h reads KV head h // (num_heads / num_kv_heads); scores are scaled by 1 / sqrt(D); softmax and
         sums in fp32. Keys and values come from the cache alone, so that prefill, chunked prefill and decode see the

@@ -20,6 +20,14 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * weight
 
 
+def norm_heads(qkv: np.ndarray, q_weight: np.ndarray, k_weight: np.ndarray, eps: float, layout: KVLayout) -> np.ndarray:
+    heads = qkv.astype(np.float64).reshape(len(qkv), qkv.shape[1] // layout.head_dim, layout.head_dim)
+    q, k = slice(0, heads.shape[1] - 2 * layout.num_kv_heads), slice(-2 * layout.num_kv_heads, -layout.num_kv_heads)
+    heads[:, q] = rms_norm(heads[:, q], q_weight, eps)
+    heads[:, k] = rms_norm(heads[:, k], k_weight, eps)
+    return heads.reshape(qkv.shape)
+
+
 def rope(qkv: np.ndarray, positions: np.ndarray, table: np.ndarray, layout: KVLayout) -> np.ndarray:
     half = layout.head_dim // 2
     heads = qkv.astype(np.float64).reshape(qkv.shape[0], -1, 2, half)
@@ -96,7 +104,8 @@ def paged_attention(qkv: np.ndarray, kv_cache: np.ndarray, batch: AttentionBatch
         for row in range(start, stop):
             visible = int(context_len) - (stop - row) + 1
             for head in range(num_heads):
-                k, v = tokens[head * num_kv_heads // num_heads, :, :visible]
+                oldest = max(0, visible - (batch.window or visible))
+                k, v = tokens[head * num_kv_heads // num_heads, :, oldest:visible]
                 scores = k @ q[row, head] / np.sqrt(d)
                 weights = np.exp(scores - scores.max())
                 out[row, head] = weights @ v / weights.sum()

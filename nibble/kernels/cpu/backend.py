@@ -25,11 +25,13 @@ from nibble.kernels.cpu import (
     digit_tiles,
     digits,
     embedding,
+    float16_linear,
     gather_rows,
     int4_linear,
     int8_linear,
     logprobs,
     mask_logits,
+    norm_heads,
     paged_attention,
     read_bandwidth,
     rms_norm,
@@ -41,10 +43,23 @@ from nibble.kernels.cpu import (
 from nibble.kernels.cpu.machine import cpu_model, usable_cpus
 from nibble.kernels.cpu.malloc import keep_freed_memory
 from nibble.kernels.cpu.thread_pool import ThreadPool
+from nibble.kernels.cpu.vector_ir import LANES
 from nibble.kernels.cpu.warm_up import warm_up
-from nibble.kernels.interface import Array, AttentionBatch, AttentionStep, HostCopy, Int4Weight, Int8Weight, Mode
+from nibble.kernels.interface import (
+    Array,
+    AttentionBatch,
+    AttentionStep,
+    Float16Weight,
+    HostCopy,
+    Int4Weight,
+    Int8Weight,
+    Mode,
+    Weight,
+)
 from nibble.kernels.layout import KVDtype, KVLayout
 from nibble.kernels.sampling import AdjustmentBatch, SamplingBatch
+
+HEAD_DIM_STEP = 2 * LANES
 
 
 @dataclass(frozen=True)
@@ -131,8 +146,14 @@ class CPUKernels:
     def scatter_ids(self, ids: Array, indices: Array, latest: Array) -> None:
         latest[indices[indices >= 0]] = ids[indices >= 0]
 
-    def embedding(self, ids: Array, weight: Int8Weight) -> Array:
+    def supports(self, layout: KVLayout) -> bool:
+        return layout.head_dim % HEAD_DIM_STEP == 0
+
+    def embedding(self, ids: Array, weight: Int8Weight | Float16Weight) -> Array:
         out = np.empty((len(ids), weight.in_features), np.float32)
+        if isinstance(weight, Float16Weight):
+            embedding.embedding_float16(ids, self._address(weight.values), out)
+            return out
         values, scales = self._address(weight.values), self._address(weight.scales)
         embedding.embedding(ids, values, scales, weight.group_size, out)
         return out
@@ -201,8 +222,32 @@ class CPUKernels:
             int8_linear.int8_gemv(self._pool, function, x, values, scales, weight.group_size, bias_address, add, out)
         return self.silu_and_mul(out) if gated else out
 
-    def logits(self, x: Array, weight: Int8Weight) -> Array:
+    def float16_linear(
+        self,
+        x: Array,
+        weight: Float16Weight,
+        bias: Array | None = None,
+        residual: Array | None = None,
+        *,
+        mode: Mode,
+        gated: bool = False,
+    ) -> Array:
+        assert not (gated and residual is not None), "a gated linear has no residual"
+        out = _linear_out(x, weight, residual)
+        function, values = float16_linear.chunk_function.address, self._address(weight.values)
+        add = residual is not None
+        if len(x):
+            float16_linear.float16_gemv(self._pool, function, x, values, self._optional_address(bias), add, out)
+        return self.silu_and_mul(out) if gated else out
+
+    def logits(self, x: Array, weight: Int8Weight | Float16Weight) -> Array:
+        if isinstance(weight, Float16Weight):
+            return self.float16_linear(x, weight, mode=Mode.DECODE)
         return self.int8_linear(x, weight, mode=Mode.DECODE)
+
+    def norm_heads(self, qkv: Array, q_weight: Array, k_weight: Array, eps: float, layout: KVLayout) -> None:
+        function, weights = norm_heads.chunk_function.address, (self._address(q_weight), self._address(k_weight))
+        norm_heads.norm_heads(self._pool, function, qkv, *weights, eps, layout.num_kv_heads, layout.head_dim)
 
     def rope_table(self, inverse_frequencies: list[float], num_positions: int, attention_factor: float) -> Array:
         return rope.rope_table(inverse_frequencies, num_positions, attention_factor)
@@ -223,7 +268,7 @@ class CPUKernels:
         kv_columns = 2 * layout.num_kv_heads * layout.head_dim
         out = np.empty((len(qkv), qkv.shape[1] - kv_columns), np.float32)
         shape = (layout.num_kv_heads, layout.head_dim, layout.dtype is KVDtype.FP16)
-        sequences = (batch.query_starts, batch.context_lens, batch.block_tables)
+        sequences = (batch.query_starts, batch.context_lens, batch.block_tables, batch.window or 0)
         if mode is Mode.PREFILL and self._tile_config is not None and layout.head_dim % amx.TILE_DEPTH == 0:
             function, config = tile_attention.chunk_function.address, self._tile_config
             tile_attention.tile_attention(self._pool, function, config, qkv, kv_cache, *sequences, *shape, out)
@@ -291,7 +336,7 @@ class CPUKernels:
         return address
 
 
-def _linear_out(x: Array, weight: Int4Weight | Int8Weight, residual: Array | None) -> Array:
+def _linear_out(x: Array, weight: Weight, residual: Array | None) -> Array:
     assert x.shape[1] == weight.in_features, f"x has {x.shape[1]} columns, the weight {weight.in_features}"
     if residual is None:
         return np.empty((len(x), weight.out_features), np.float32)

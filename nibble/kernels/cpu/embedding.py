@@ -1,4 +1,4 @@
-"""Rows of an INT8 table as floats."""
+"""Rows of an INT8 or fp16 table as floats."""
 
 from __future__ import annotations
 
@@ -21,3 +21,15 @@ def embedding(ids, values, scales, group_size, out):
             for column in range(group * group_size, (group + 1) * group_size, LANES):
                 memory.store(place, memory.load_int8(row_values + column) * scale)
                 place += VECTOR_BYTES
+
+
+@kernel_jit
+def embedding_float16(ids, values, out):
+    """As `embedding`, of a table in fp16."""
+    num_tokens, hidden_size = out.shape
+    place = out.ctypes.data
+    for t in range(num_tokens):
+        row = values + ids[t] * hidden_size * 2
+        for column in range(0, hidden_size, LANES):
+            memory.store(place, memory.load_float16(row + column * 2))
+            place += VECTOR_BYTES

@@ -112,7 +112,7 @@ def _block(tokens, num_rows, values, scales, num_columns, group_size, x, out):
 
 
 @inline_jit
-def _store(sums, first_row, rows, token, tokens, bias, add, out, num_rows):
+def store_sums(sums, first_row, rows, token, tokens, bias, add, out, num_rows):
     """out[token : token + tokens, first_row : first_row + rows] from sums (rows, tokens rounded up)."""
     width = 1 if tokens == 1 else 2 if tokens == 2 else 4 if tokens <= 4 else MAX_TOKENS
     for r in range(rows):
@@ -142,7 +142,7 @@ def _chunk(arguments, chunk):
             row_scales = scales + row * (num_columns // group_size) * 2
             x_token = x + token * num_columns * 4
             _block(tokens, rows, row_values, row_scales, num_columns, group_size, x_token, sums.ctypes.data)
-            _store(sums, row, rows, token, tokens, bias, add, out, num_rows)
+            store_sums(sums, row, rows, token, tokens, bias, add, out, num_rows)
             row += rows
 
 
@@ -151,17 +151,26 @@ def chunk_function(arguments, chunk):
     _chunk(arguments, chunk)
 
 
-@kernel_jit
-def int8_gemv(pool, function, x, values, scales, group_size, bias, add, out):
-    """out (T, N) = x (T, K) @ w.T + bias, added to out where `add`; values, scales and bias (0: none) are addresses."""
+@inline_jit
+def padded_tokens(x):
+    """A buffer with x from its first aligned place on, so that no load crosses a cache line, and with room for as many
+    tokens as are computed: 3 are as 4, 5 as 8."""
     num_tokens, num_columns = x.shape
-    num_rows = out.shape[1]
-    # Aligned, so that no load crosses a cache line, and padded: 3 tokens are computed as 4, 5 as 8.
     row_bytes = num_columns * 4
     buffer = np.zeros(-(-num_tokens // MAX_TOKENS) * MAX_TOKENS * row_bytes + VECTOR_BYTES, np.uint8)
     aligned = -(-buffer.ctypes.data // VECTOR_BYTES) * VECTOR_BYTES
     for place in range(0, num_tokens * row_bytes, VECTOR_BYTES):
         memory.store(aligned + place, memory.load(x.ctypes.data + place))
+    return buffer
+
+
+@kernel_jit
+def int8_gemv(pool, function, x, values, scales, group_size, bias, add, out):
+    """out (T, N) = x (T, K) @ w.T + bias, added to out where `add`; values, scales and bias (0: none) are addresses."""
+    num_tokens, num_columns = x.shape
+    num_rows = out.shape[1]
+    buffer = padded_tokens(x)
+    aligned = -(-buffer.ctypes.data // VECTOR_BYTES) * VECTOR_BYTES
     a = np.empty(NUM_ARGUMENTS, np.int64)
     a[0], a[1], a[2], a[3], a[4] = values, scales, group_size, num_columns, num_rows
     a[5], a[6], a[8], a[9] = num_tokens, aligned, add, out.ctypes.data

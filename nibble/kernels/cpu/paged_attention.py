@@ -107,13 +107,14 @@ def _scores(q, keys, group, head_dim, scores):
 
 
 @inline_jit
-def _softmax(scores, count, group, head_dim, partial):
-    """Turn each head's scores of a block's first `count` tokens into weights; updates its partial's maximum and sum."""
+def _softmax(scores, first, count, group, head_dim, partial):
+    """Turn each head's scores of a block's tokens from `first` to `count` into weights, 0 before them; updates its
+    partial's maximum and sum."""
     row_bytes = head_dim * 4
     for _ in range(group):
         best = simd.broadcast(MASKED)
         for t in range(0, count, TOKENS):
-            score = simd.mask_from(memory.load(scores + t * 4), count - t)
+            score = simd.mask_before(simd.mask_from(memory.load(scores + t * 4), count - t), first - t)
             memory.store(scores + t * 4, score)
             best = simd.at_least(score, best)
         largest = memory.float32_at(partial + row_bytes)
@@ -148,8 +149,8 @@ def _add_values(weights, values, group, head_dim, partial):
 
 
 @inline_jit
-def _block(q, head_block, count, group, head_dim, is_float16, scratch, scores, partial):
-    """One query row's `group` heads over the first `count` tokens of a block."""
+def _block(q, head_block, first, count, group, head_dim, is_float16, scratch, scores, partial):
+    """One query row's `group` heads over the tokens from `first` to `count` of a block."""
     token_bytes = head_dim * 2 if is_float16 else head_dim
     parameters = head_block + 2 * BLOCK_SIZE * head_dim
     for t in range(0, count, TOKENS):
@@ -157,7 +158,7 @@ def _block(q, head_block, count, group, head_dim, is_float16, scratch, scores, p
         place = parameters + t * PARAMETER_BYTES
         _dequantize(head_block + t * token_bytes, place, tokens, head_dim, is_float16, scratch)
         _scores(q, scratch, group, head_dim, scores + t * 4)
-    _softmax(scores, count, group, head_dim, partial)
+    _softmax(scores, first, count, group, head_dim, partial)
     for t in range(0, count, TOKENS):
         tokens = min(TOKENS, count - t)
         place = parameters + (BLOCK_SIZE + t) * PARAMETER_BYTES
@@ -167,8 +168,9 @@ def _block(q, head_block, count, group, head_dim, is_float16, scratch, scores, p
 
 @inline_jit
 def _split(a, row, split, head):
-    """One work item: fills its partial."""
+    """One work item: fills its partial. `split` counts from position 0."""
     visible = memory.int32_at(a[3] + row * 4)
+    oldest = _oldest(visible, a[15])
     sequence = memory.int32_at(a[2] + row * 4)
     group, head_dim, is_float16 = a[7], a[8], a[9]
     buffer = np.empty((group + TOKENS) * head_dim * 4 + group * BLOCK_SIZE * 4 + VECTOR_BYTES, np.uint8)
@@ -179,14 +181,22 @@ def _split(a, row, split, head):
     q = a[0] + row * a[1] + head * group * head_dim * 4
     for place in range(0, group * head_dim * 4, VECTOR_BYTES):
         memory.store(scaled_q + place, memory.load(q + place) * factor)
-    partial = a[13] + ((memory.int64_at(a[12] + row * 8) + split) * a[6] + head) * group * (head_dim * 4 + VECTOR_BYTES)
+    item = memory.int64_at(a[12] + row * 8) + split - oldest // SPLIT_TOKENS
+    partial = a[13] + (item * a[6] + head) * group * (head_dim * 4 + VECTOR_BYTES)
     _start(partial, group, head_dim)
-    for token in range(split * SPLIT_TOKENS, min((split + 1) * SPLIT_TOKENS, visible), BLOCK_SIZE):
+    start = max(split * SPLIT_TOKENS, oldest // BLOCK_SIZE * BLOCK_SIZE)
+    for token in range(start, min((split + 1) * SPLIT_TOKENS, visible), BLOCK_SIZE):
         block = memory.int32_at(a[4] + (sequence * a[5] + token // BLOCK_SIZE) * 4)
         head_block = a[10] + (block * a[6] + head) * a[11]
         count = min(BLOCK_SIZE, visible - token)
-        _block(scaled_q, head_block, count, group, head_dim, is_float16, scratch, scores, partial)
+        _block(scaled_q, head_block, oldest - token, count, group, head_dim, is_float16, scratch, scores, partial)
     memory.keep_alive(buffer)
+
+
+@inline_jit
+def _oldest(visible, window):
+    """The first position that a row sees of the `visible` ones up to its own; window 0: the first of all."""
+    return max(0, visible - window) if window else 0
 
 
 @inline_jit
@@ -224,7 +234,8 @@ def _chunk(arguments, chunk):
     a = carray(memory.address_as_void_pointer(arguments), NUM_ARGUMENTS, np.int64)
     item, head = chunk // a[6], chunk % a[6]
     row = memory.int32_at(a[14] + item * 4)
-    _split(a, row, item - memory.int64_at(a[12] + row * 8), head)
+    first_split = _oldest(memory.int32_at(a[3] + row * 4), a[15]) // SPLIT_TOKENS
+    _split(a, row, first_split + item - memory.int64_at(a[12] + row * 8), head)
 
 
 @ChunkFunction
@@ -244,15 +255,28 @@ def _rows_of(query_starts, context_lens, row_sequence, row_visible):
 
 @kernel_jit
 def paged_attention(
-    pool, function, qkv, kv_cache, query_starts, context_lens, block_tables, num_kv_heads, head_dim, is_float16, out
+    pool,
+    function,
+    qkv,
+    kv_cache,
+    query_starts,
+    context_lens,
+    block_tables,
+    window,
+    num_kv_heads,
+    head_dim,
+    is_float16,
+    out,
 ):
-    """out (T, num_heads * D); kv_cache uint8 (num_blocks, num_kv_heads, bytes)."""
+    """out (T, num_heads * D); kv_cache uint8 (num_blocks, num_kv_heads, bytes); window 0: none."""
     num_rows, num_heads = out.shape[0], out.shape[1] // head_dim
     row_sequence, row_visible = np.empty(num_rows, np.int32), np.empty(num_rows, np.int32)
     _rows_of(query_starts, context_lens, row_sequence, row_visible)
     first_item = np.zeros(num_rows + 1, np.int64)
     for row in range(num_rows):
-        first_item[row + 1] = first_item[row] + (row_visible[row] + SPLIT_TOKENS - 1) // SPLIT_TOKENS
+        first_split = _oldest(row_visible[row], window) // SPLIT_TOKENS
+        num_splits = (row_visible[row] + SPLIT_TOKENS - 1) // SPLIT_TOKENS - first_split
+        first_item[row + 1] = first_item[row] + num_splits
     num_items = first_item[num_rows]
     item_row = np.empty(num_items, np.int32)
     for row in range(num_rows):
@@ -264,7 +288,7 @@ def paged_attention(
     a[0], a[1], a[2], a[3] = qkv.ctypes.data, qkv.shape[1] * 4, row_sequence.ctypes.data, row_visible.ctypes.data
     a[4], a[5], a[6], a[7] = block_tables.ctypes.data, block_tables.shape[1], num_kv_heads, group
     a[8], a[9], a[10], a[11] = head_dim, is_float16, kv_cache.ctypes.data, kv_cache.shape[2]
-    a[12], a[13], a[14] = first_item.ctypes.data, partials.ctypes.data, item_row.ctypes.data
+    a[12], a[13], a[14], a[15] = first_item.ctypes.data, partials.ctypes.data, item_row.ctypes.data, window
     run_job(pool, function, a.ctypes.data, num_items * num_kv_heads)
     for row in range(num_rows):
         for head in range(num_heads):

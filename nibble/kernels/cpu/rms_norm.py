@@ -15,7 +15,8 @@ NUM_ARGUMENTS = 6
 
 
 @inline_jit
-def _row(x, weight, size, eps, out):
+def norm_row(x, weight, size, eps, out):
+    """`size` floats (a multiple of 16); out may be x. All addresses."""
     squares = simd.broadcast(np.float32(0))
     for place in range(0, size * 4, VECTOR_BYTES):
         values = memory.load(x + place)
@@ -32,7 +33,7 @@ def _chunk(arguments, chunk):
     size = a[3]
     eps = memory.float32_at(arguments + 5 * 8)
     for t in range(chunk * CHUNK_TOKENS, min((chunk + 1) * CHUNK_TOKENS, a[4])):
-        _row(a[0] + t * size * 4, a[1], size, eps, a[2] + t * size * 4)
+        norm_row(a[0] + t * size * 4, a[1], size, eps, a[2] + t * size * 4)
 
 
 @ChunkFunction

@@ -169,23 +169,27 @@ def sum_all(typingctx: Any, sums: Any) -> Any:
     return vector(sums), codegen
 
 
-@intrinsic
-def mask_from(typingctx: Any, scores: Any, count: Any) -> Any:
-    """scores with lanes count.. replaced by MASKED."""
+def _mask(relation: str) -> Any:
+    def typed(typingctx: Any, scores: Any, count: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            lanes = ir.Constant(ir.VectorType(ir.IntType(64), LANES), list(range(LANES)))
+            first = builder.insert_element(ir.Constant(lanes.type, ir.Undefined), args[1], I32(0))
+            limit = shuffle(builder, first, first, [0] * LANES)
+            return builder.select(builder.icmp_signed(relation, lanes, limit), args[0], splat_f32(MASKED))
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes = ir.Constant(ir.VectorType(ir.IntType(64), LANES), list(range(LANES)))
-        first = builder.insert_element(ir.Constant(lanes.type, ir.Undefined), args[1], I32(0))
-        limit = shuffle(builder, first, first, [0] * LANES)
-        return builder.select(builder.icmp_signed("<", lanes, limit), args[0], splat_f32(MASKED))
+        return vector(vector, types.int64), codegen
 
-    return vector(vector, types.int64), codegen
+    return intrinsic(typed)
+
+
+mask_from = _mask("<")  # (scores, count): scores with lanes count.. replaced by MASKED
+mask_before = _mask(">=")  # ... with lanes ..count - 1 replaced
 
 
 @intrinsic
 def has_nan(typingctx: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.icmp_unsigned("!=", _mask(builder, builder.fcmp_unordered("uno", args[0], args[0])), I16(0))
+        return builder.icmp_unsigned("!=", _lane_bits(builder, builder.fcmp_unordered("uno", args[0], args[0])), I16(0))
 
     return types.boolean(vector), codegen
 
@@ -195,7 +199,7 @@ def find(typingctx: Any, values: Any, value: Any) -> Any:
     """The first lane that equals value, LANES if there is none."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        mask = _mask(builder, builder.fcmp_ordered("oeq", args[0], splat(builder, args[1])))
+        mask = _lane_bits(builder, builder.fcmp_ordered("oeq", args[0], splat(builder, args[1])))
         return builder.zext(builder.cttz(mask, ir.Constant(ir.IntType(1), 0)), ir.IntType(64))  # cttz(0) = 16 bits
 
     return types.int64(vector, types.float32), codegen
@@ -226,7 +230,7 @@ def zero_where_less(typingctx: Any, a: Any, b: Any, values: Any) -> Any:
     return vector(vector, vector, vector), codegen
 
 
-def _mask(builder: Any, lanes: Any) -> Any:
+def _lane_bits(builder: Any, lanes: Any) -> Any:
     return builder.bitcast(lanes, I16)
 
 

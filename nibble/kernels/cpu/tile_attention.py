@@ -20,8 +20,10 @@ from nibble.kernels.cpu.vector_ir import LANES, VECTOR_BYTES
 from nibble.kernels.layout import BLOCK_SIZE
 
 QUERIES = 2 * amx.TILE
-NUM_ARGUMENTS = 16
+NUM_ARGUMENTS = 17
 MASKED = np.float32(simd.MASKED)
+LEAST_SCORE = np.float32(simd.MASKED / 2)
+NO_WINDOW = 1 << 40  # more than any context
 ROW_STATE = 4  # floats per query and head: largest score, sum of weights, sum of weight * zero, sum of q
 BLOCK_ROW_BYTES = BLOCK_SIZE * 4
 
@@ -68,10 +70,10 @@ def _products(a, a_stride, b, num_steps, num_tiles, out, out_stride):
 
 
 @inline_jit
-def _softmax_row(scores, visible, parameters, state, weights):
+def _softmax_row(scores, oldest, visible, parameters, state, weights):
     """Turn a row of 64 raw products into weights (bf16, V scale included); updates the row's state.
 
-    Returns what the row's earlier totals shrink by. Tokens from `visible` on are masked.
+    Returns what the row's earlier totals shrink by. Tokens before `oldest` and from `visible` on are masked.
     """
     q_sum = simd.broadcast(memory.float32_at(state + 12))
     largest = memory.float32_at(state)
@@ -81,13 +83,17 @@ def _softmax_row(scores, visible, parameters, state, weights):
         score = simd.fma(memory.load(scores + place), memory.load(parameters + place), zero_part)
         if place // 4 + LANES > visible:
             score = simd.mask_from(score, visible - place // 4)
+        if place // 4 < oldest:
+            score = simd.mask_before(score, oldest - place // 4)
         memory.store(scores + place, score)
         best = simd.at_least(score, best)
     new_largest = max(largest, simd.max_of(best))
     top = simd.broadcast(new_largest)
     weight_sum = zero_sum = simd.broadcast(np.float32(0))
     for place in range(0, BLOCK_ROW_BYTES, VECTOR_BYTES):
-        weight = simd.exp_or_zero(memory.load(scores + place) - top)
+        score = memory.load(scores + place)
+        # A window can hide a whole block, whose largest score is then MASKED itself.
+        weight = simd.zero_where_less(score, simd.broadcast(LEAST_SCORE), simd.exp_or_zero(score - top))
         weight_sum = weight_sum + weight
         zero_sum = simd.fma(weight, memory.load(parameters + 3 * BLOCK_ROW_BYTES + place), zero_sum)
         amx.store_bfloat16(weights + place // 2, weight * memory.load(parameters + 2 * BLOCK_ROW_BYTES + place))
@@ -100,8 +106,11 @@ def _softmax_row(scores, visible, parameters, state, weights):
 
 
 @inline_jit
-def _block(queries, keys, values, parameters, first_visible, head_dim, scores, weights, products, state, totals):
-    """One head's 32 queries over one block; the first query sees first_visible of its tokens, the next one more."""
+def _block(
+    queries, keys, values, parameters, first_visible, window, head_dim, scores, weights, products, state, totals
+):
+    """One head's 32 queries over one block; the first query sees first_visible of its tokens, the next one more, each
+    the last `window` of them."""
     row_bytes = head_dim * 4
     num_tiles = head_dim // amx.TILE
     _products(queries, head_dim * 2, keys, head_dim // amx.TILE_DEPTH, 4, scores, BLOCK_ROW_BYTES)
@@ -109,7 +118,8 @@ def _block(queries, keys, values, parameters, first_visible, head_dim, scores, w
         visible = first_visible + row
         row_state = state + row * ROW_STATE * 4
         row_weights = weights + row * BLOCK_SIZE * 2
-        correction = _softmax_row(scores + row * BLOCK_ROW_BYTES, visible, parameters, row_state, row_weights)
+        row_scores = scores + row * BLOCK_ROW_BYTES
+        correction = _softmax_row(row_scores, visible - window, visible, parameters, row_state, row_weights)
         for place in range(row * row_bytes, (row + 1) * row_bytes, VECTOR_BYTES):
             memory.store(totals + place, memory.load(totals + place) * correction)
     _products(weights, BLOCK_SIZE * 2, values, BLOCK_SIZE // amx.TILE_DEPTH, num_tiles, products, row_bytes)
@@ -154,7 +164,8 @@ def _item(a, sequence, first_query, head):
     parameters = products + QUERIES * head_dim * 4
     q = a[0] + first_row * a[1] + head * group * head_dim * 4
     _load_queries(q, a[1], count, group, head_dim, queries, state, totals)
-    for first_token in range(0, first_position + count, BLOCK_SIZE):
+    oldest = max(0, first_position + 1 - a[16])
+    for first_token in range(oldest // BLOCK_SIZE * BLOCK_SIZE, first_position + count, BLOCK_SIZE):
         block = memory.int32_at(a[4] + (sequence * a[5] + first_token // BLOCK_SIZE) * 4)
         keys_at = a[10] + (block * a[6] + head) * a[11]
         block_bytes = BLOCK_SIZE * head_dim * (2 if is_float16 else 1)
@@ -169,6 +180,7 @@ def _item(a, sequence, first_query, head):
                 values,
                 parameters,
                 first_position + 1 - first_token,
+                a[16],
                 head_dim,
                 scores,
                 weights,
@@ -206,6 +218,7 @@ def tile_attention(
     query_starts,
     context_lens,
     block_tables,
+    window,
     num_kv_heads,
     head_dim,
     is_float16,
@@ -228,6 +241,7 @@ def tile_attention(
     a[7], a[8], a[9] = out.shape[1] // head_dim // num_kv_heads, head_dim, is_float16
     a[10], a[11], a[12] = kv_cache.ctypes.data, kv_cache.shape[2], items.ctypes.data
     a[13], a[14], a[15] = out.ctypes.data, out.shape[1] * 4, config.ctypes.data
+    a[16] = window if window else NO_WINDOW
     run_job(pool, function, a.ctypes.data, num_items * num_kv_heads)
     memory.keep_alive(items)
     memory.keep_alive(a)

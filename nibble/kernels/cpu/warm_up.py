@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nibble.kernels.interface import AttentionBatch, Int4Weight, Int8Weight, Kernels, Mode
+from nibble.kernels.interface import AttentionBatch, Float16Weight, Int4Weight, Int8Weight, Kernels, Mode
 from nibble.kernels.layout import KVDtype, KVLayout, int4_num_bytes
 from nibble.kernels.sampling import SamplingBatch
 
@@ -20,11 +20,14 @@ def warm_up(kernels: Kernels) -> None:
     x = kernels.rms_norm(x, np.ones(HIDDEN_SIZE, np.float32), 1e-5)
     packed = np.zeros(int4_num_bytes(4 * HIDDEN_SIZE, HIDDEN_SIZE, 32), np.uint8)
     weight = Int4Weight(packed, 4 * HIDDEN_SIZE, HIDDEN_SIZE, 32)
+    half = Float16Weight(np.zeros((64, HIDDEN_SIZE), np.float16))
+    kernels.embedding(ids, half)
     narrow_groups = Int8Weight(table.values, np.zeros((64, 4), np.float16), 16)
     for mode in Mode:
         qkv = kernels.int4_linear(x, weight, mode=mode)
         logits = kernels.int8_linear(x, table, mode=mode)
         kernels.int8_linear(x, narrow_groups, mode=mode)
+        kernels.float16_linear(x, half, mode=mode)
         for dtype in KVDtype:
             _attend(kernels, qkv, KVLayout(num_kv_heads=1, head_dim=HIDDEN_SIZE, dtype=dtype), mode)
     kernels.silu_and_mul(kernels.gather_rows(qkv, ids))
@@ -37,6 +40,8 @@ def _attend(kernels: Kernels, qkv: np.ndarray, layout: KVLayout, mode: Mode) -> 
     positions = np.arange(NUM_TOKENS, dtype=np.int32)
     table = kernels.rope_table([1.0] * (layout.head_dim // 2), NUM_TOKENS, 1.0)
     kv_cache = kernels.zeros((1, layout.num_kv_heads, layout.head_block_bytes), np.uint8)
+    ones = np.ones(layout.head_dim, np.float32)
+    kernels.norm_heads(qkv, ones, ones, 1e-5, layout)
     kernels.rope(qkv, positions, table, layout)
     kernels.append_kv(qkv, positions.astype(np.int64), kv_cache, layout)
     starts, lens = np.array([0, NUM_TOKENS], np.int32), np.array([NUM_TOKENS], np.int32)

@@ -39,6 +39,7 @@ def plan_attention(
 ) -> cupy.ndarray:
     """See `Kernels.plan_attention`. int32, each row a plan of attention_plan.cuh: for a slice of a decoding step's
     query rows, or for each possible number of query heads per kv head of a prompt step."""
+    assert batch.window is None, "a sliding window is not supported yet"
     num_sequences, max_blocks = batch.block_tables.shape
     for name, array, length in (
         ("query_starts", batch.query_starts, num_sequences + 1),

@@ -24,11 +24,13 @@ from nibble.kernels.cuda import (
     copy_blocks,
     copy_rows,
     embedding,
+    float16_linear,
     gather_rows,
     int4_linear,
     int8_linear,
     logprobs,
     mask_logits,
+    norm_heads,
     read_bandwidth,
     rms_norm,
     rope,
@@ -41,7 +43,16 @@ from nibble.kernels.cuda import (
 from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.errors import OutOfMemoryError
 from nibble.kernels.cuda.host_copy import HostCopies
-from nibble.kernels.interface import Array, AttentionBatch, AttentionStep, HostCopy, Int4Weight, Int8Weight, Mode
+from nibble.kernels.interface import (
+    Array,
+    AttentionBatch,
+    AttentionStep,
+    Float16Weight,
+    HostCopy,
+    Int4Weight,
+    Int8Weight,
+    Mode,
+)
 from nibble.kernels.layout import KVLayout
 from nibble.kernels.sampling import AdjustmentBatch, SamplingBatch
 
@@ -154,7 +165,10 @@ class CUDAKernels:
     def scatter_ids(self, ids: Array, indices: Array, latest: Array) -> None:
         token_ids.scatter_ids(self.device, ids, indices, latest)
 
-    def embedding(self, ids: Array, weight: Int8Weight) -> Array:
+    def supports(self, layout: KVLayout) -> bool:
+        return layout.head_dim in rope.HEAD_DIMS
+
+    def embedding(self, ids: Array, weight: Int8Weight | Float16Weight) -> Array:
         return embedding.embedding(self.device, ids, weight)
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
@@ -184,8 +198,25 @@ class CUDAKernels:
     ) -> Array:
         return int8_linear.int8_linear(self.device, x, weight, bias, residual, mode, gated)
 
-    def logits(self, x: Array, weight: Int8Weight) -> Array:
+    def float16_linear(
+        self,
+        x: Array,
+        weight: Float16Weight,
+        bias: Array | None = None,
+        residual: Array | None = None,
+        *,
+        mode: Mode,
+        gated: bool = False,
+    ) -> Array:
+        return float16_linear.float16_linear(self.device, x, weight, bias, residual, mode, gated)
+
+    def logits(self, x: Array, weight: Int8Weight | Float16Weight) -> Array:
+        if isinstance(weight, Float16Weight):
+            return float16_linear.logits(self.device, x, weight)
         return int8_linear.logits(self.device, x, weight)
+
+    def norm_heads(self, qkv: Array, q_weight: Array, k_weight: Array, eps: float, layout: KVLayout) -> None:
+        norm_heads.norm_heads(self.device, qkv, q_weight, k_weight, eps, layout)
 
     def rope_table(self, inverse_frequencies: list[float], num_positions: int, attention_factor: float) -> Array:
         return rope.rope_table(self.device, inverse_frequencies, num_positions, attention_factor)

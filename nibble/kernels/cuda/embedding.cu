@@ -1,5 +1,7 @@
 // Embedding: out[t, h] = scales[ids[t], h / group_size] * values[ids[t], h].
 //
+// embedding_float16: out[t, h] = values[ids[t], h] of values fp16 (V, H).
+//
 // ids int32 (T,), values int8 (V, H), scales fp16 (V, H / group_size) -> out float32 (T, H), the residual stream.
 // group_size is a multiple of 16, so that the 16 elements of a thread share a scale. One thread block per token (x) and
 // run of 16 * blockDim.x columns (y). Bytes moved: 5 H per token and its scales. The product of an int8 and an fp16 is
@@ -30,4 +32,20 @@ extern "C" __global__ void __launch_bounds__(256)
     to[1] = scaled_bytes(bytes.y, scale);
     to[2] = scaled_bytes(bytes.z, scale);
     to[3] = scaled_bytes(bytes.w, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    embedding_float16(const int* ids, const uint16* __restrict__ values, int hidden_size, float* out) {
+    grid_launch_dependents();
+    grid_wait();
+    int h = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
+    if (h >= hidden_size) return;
+    const uint4* from = reinterpret_cast<const uint4*>(values + int64(ids[blockIdx.x]) * hidden_size + h);
+    float4* to = reinterpret_cast<float4*>(out + int64(blockIdx.x) * hidden_size + h);
+#pragma unroll
+    for (int i = 0; i < VECTOR / 8; i++) {
+        uint4 halves = from[i];
+        to[2 * i] = make_float4(low_half(halves.x), high_half(halves.x), low_half(halves.y), high_half(halves.y));
+        to[2 * i + 1] = make_float4(low_half(halves.z), high_half(halves.z), low_half(halves.w), high_half(halves.w));
+    }
 }

@@ -58,9 +58,11 @@ def sequences_in_cache(
     return cache, tables
 
 
-def attention_batch(query_lens: list[int], context_lens: list[int], tables: np.ndarray) -> AttentionBatch:
+def attention_batch(
+    query_lens: list[int], context_lens: list[int], tables: np.ndarray, window: int | None = None
+) -> AttentionBatch:
     starts = np.cumsum([0, *query_lens]).astype(np.int32)
-    return AttentionBatch(starts, np.array(context_lens, np.int32), tables)
+    return AttentionBatch(starts, np.array(context_lens, np.int32), tables, window)
 
 
 def tolerance(mode: Mode, head_dim: int, context_len: int) -> float:
@@ -99,6 +101,42 @@ def test_attention_over_a_ragged_batch(
     with np.errstate(invalid="ignore"):  # the poison
         expected = reference.paged_attention(qkv, cache, batch, layout)
     assert np.abs(out - expected).max() <= tolerance(mode, head_dim, max(context_lens))
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("dtype", KVDtype)
+@pytest.mark.parametrize("window", [1, 37, 64, 300, 1000])
+def test_a_window_hides_what_is_older(
+    kernels: CPUKernels, rng: np.random.Generator, dtype: KVDtype, window: int, mode: Mode
+) -> None:
+    """Blocks that nobody sees are poisoned: they must not be read."""
+    layout = KVLayout(2, 64, dtype)
+    query_lens, context_lens = [1, 17, 1, 150, 5, 1, 90], [1, 17, 64, 150, 257, 700, 400]
+    cache, tables = sequences_in_cache(kernels, rng, context_lens, 6, layout)
+    for s, (query_len, context_len) in enumerate(zip(query_lens, context_lens, strict=True)):
+        oldest = max(0, context_len - query_len + 1 - window)
+        cache[tables[s, : oldest // BLOCK_SIZE]] = 0xFF
+    batch = attention_batch(query_lens, context_lens, tables, window)
+    qkv = rng.standard_normal((sum(query_lens), 10 * 64)).astype(np.float32)
+    out = kernels.paged_attention(qkv, cache, batch, layout, mode=mode)
+    with np.errstate(invalid="ignore"):
+        expected = reference.paged_attention(qkv, cache, batch, layout)
+    assert np.abs(out - expected).max() <= tolerance(mode, 64, max(context_lens))
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("window", [40, 100])
+def test_with_a_window_too_a_row_does_not_depend_on_the_others(
+    kernels: CPUKernels, rng: np.random.Generator, window: int, mode: Mode
+) -> None:
+    layout = KVLayout(3, 64)
+    cache, tables = sequences_in_cache(kernels, rng, [330], 9, layout)
+    qkv = rng.standard_normal((330, 15 * 64)).astype(np.float32)
+    whole = kernels.paged_attention(qkv, cache, attention_batch([330], [330], tables, window), layout, mode=mode)
+    for start, stop in ((0, 128), (128, 129), (129, 200), (200, 330)):
+        batch = attention_batch([stop - start], [stop], tables, window)
+        out = kernels.paged_attention(qkv[start:stop], cache, batch, layout, mode=mode)
+        np.testing.assert_array_equal(out, whole[start:stop])
 
 
 @pytest.mark.parametrize("dtype", KVDtype)

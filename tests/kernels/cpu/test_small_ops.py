@@ -8,7 +8,7 @@ import reference
 from reference import int8_matrix
 
 from nibble.kernels.cpu.backend import CPUKernels
-from nibble.kernels.interface import Int8Weight
+from nibble.kernels.interface import Float16Weight, Int8Weight
 from nibble.kernels.layout import KVLayout
 
 EPS = 2.0**-23  # fp32
@@ -22,6 +22,25 @@ def test_embedding_returns_dequantized_rows(kernels: CPUKernels, rng: np.random.
     out = kernels.embedding(ids, Int8Weight(values, scales, group_size))
     # a product of 8 and 11 bits is exact in fp32
     np.testing.assert_array_equal(out, int8_matrix(values, scales, group_size)[ids])
+
+
+def test_embedding_returns_rows_of_a_float16_table(kernels: CPUKernels, rng: np.random.Generator) -> None:
+    values = rng.standard_normal((50, 96)).astype(np.float16)
+    ids = np.array([49, 0, 7, 7], np.int32)
+    np.testing.assert_array_equal(kernels.embedding(ids, Float16Weight(values)), values[ids])
+
+
+@pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(2, 64), (1, 96), (1, 256)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 40])
+def test_norm_heads(
+    kernels: CPUKernels, rng: np.random.Generator, num_tokens: int, num_kv_heads: int, head_dim: int
+) -> None:
+    layout = KVLayout(num_kv_heads, head_dim)
+    qkv = rng.standard_normal((num_tokens, (4 + 2 * num_kv_heads) * head_dim)).astype(np.float32)
+    weights = rng.standard_normal((2, head_dim)).astype(np.float32)
+    expected = reference.norm_heads(qkv, *weights, 1e-6, layout)
+    kernels.norm_heads(qkv, *weights, 1e-6, layout)
+    np.testing.assert_allclose(qkv, expected, rtol=EPS * (head_dim / 16 + 8), atol=1e-30)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 70])
