@@ -15,7 +15,7 @@ from nibble.engine.checkpoint.hf_config import write_hf_config
 from nibble.engine.checkpoint.native import load_checkpoint, write_checkpoint
 from nibble.engine.checkpoint.schema import LinearFormat, linear_sizes
 from nibble.engine.model_config import ModelConfig, RopeConfig
-from nibble.kernels.interface import Int4Weight
+from nibble.kernels.interface import Float16Weight, Int4Weight
 from nibble.kernels.pack import deinterleave_gate_up, dequantize_int4, pack_int4
 
 Floats = npt.NDArray[np.float32]
@@ -113,6 +113,8 @@ def dequantized_linear(directory: Path, name: str) -> Floats:
     weight = load_checkpoint(directory).linear(name)
     if isinstance(weight, Int4Weight):
         return dequantize_int4(weight.packed, weight.out_features, weight.in_features, weight.group_size)
+    if isinstance(weight, Float16Weight):
+        return np.asarray(weight.values, np.float32)
     scales = np.repeat(weight.scales.astype(np.float32), weight.group_size, axis=1)
     matrix: Floats = weight.values.astype(np.float32) * scales
     return matrix

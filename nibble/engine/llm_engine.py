@@ -88,8 +88,8 @@ class LLMEngine:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, kernels: Kernels, limits: EngineLimits) -> LLMEngine:
-        """Bring the weights to the device and plan its memory. Raises CapacityError; CheckpointError, where a draft
-        model cannot be read."""
+        """Bring the weights to the device and plan its memory. Raises UnsupportedModelError, CapacityError;
+        CheckpointError, where a draft model cannot be read."""
         checkpoints = [checkpoint]
         if limits.draft_model_dir is not None:
             checkpoints.append(load_checkpoint(limits.draft_model_dir))

@@ -8,14 +8,25 @@ Ainslie et al., "GQA" (2023).
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
+from nibble.engine.checkpoint.errors import UnsupportedModelError
 from nibble.engine.checkpoint.native import Checkpoint
 from nibble.engine.model_config import ModelConfig
 from nibble.engine.rope import inverse_frequencies
-from nibble.kernels.interface import Array, AttentionBatch, AttentionStep, Int4Weight, Int8Weight, Kernels, Mode
+from nibble.kernels.interface import (
+    Array,
+    AttentionBatch,
+    AttentionStep,
+    Float16Weight,
+    Int4Weight,
+    Int8Weight,
+    Kernels,
+    Mode,
+    Weight,
+)
 from nibble.kernels.layout import KVDtype, KVLayout
 
 
@@ -23,7 +34,7 @@ from nibble.kernels.layout import KVDtype, KVLayout
 class Linear:
     """A projection on the device, in whichever format the checkpoint holds it."""
 
-    weight: Int4Weight | Int8Weight
+    weight: Weight
     bias: Array | None = None
 
     def __call__(
@@ -32,7 +43,9 @@ class Linear:
         """As `Kernels.int4_linear`: x (T, in_features) -> (T, out_features), or added into `residual`, or gated."""
         if isinstance(self.weight, Int4Weight):
             return kernels.int4_linear(x, self.weight, self.bias, residual, mode=mode, gated=gated)
-        return kernels.int8_linear(x, self.weight, self.bias, residual, mode=mode, gated=gated)
+        if isinstance(self.weight, Int8Weight):
+            return kernels.int8_linear(x, self.weight, self.bias, residual, mode=mode, gated=gated)
+        return kernels.float16_linear(x, self.weight, self.bias, residual, mode=mode, gated=gated)
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,8 @@ class Layer:
     mlp_norm: Array  # float32 (H,)
     gate_up: Linear  # rows interleaved, see layout.py
     down: Linear
+    q_norm: Array | None  # float32 (D,)
+    k_norm: Array | None
 
 
 @dataclass(frozen=True)
@@ -64,18 +79,23 @@ class DecoderModel:
         self.kernels = kernels
         self.kv_layout = kv_layout
         loader = _Loader(kernels, checkpoint)
-        self.embedding = loader.int8("embedding")
+        self.embedding = loader.table("embedding")
         self.layers = [loader.layer(f"layers.{i}") for i in range(config.num_layers)]
         self.final_norm = loader.array("final_norm")
-        self.lm_head = self.embedding if config.tie_word_embeddings else loader.int8("lm_head")
-        self.rope_table = kernels.rope_table(inverse_frequencies(config), config.max_context_tokens, 1.0)
+        self.lm_head = self.embedding if config.tie_word_embeddings else loader.table("lm_head")
+        self.rope_table = kernels.rope_table(
+            inverse_frequencies(config), config.max_context_tokens, config.rope.attention_factor
+        )
         self.weight_bytes = loader.num_bytes
 
     @classmethod
     def load(cls, kernels: Kernels, checkpoint: Checkpoint, kv_dtype: KVDtype) -> DecoderModel:
-        """With a KV cache of this type. Raises MemoryError."""
+        """With a KV cache of this type. Raises UnsupportedModelError, MemoryError."""
         config = checkpoint.config
-        return cls(config, kernels, checkpoint, KVLayout(config.num_kv_heads, config.head_dim, kv_dtype))
+        layout = KVLayout(config.num_kv_heads, config.head_dim, kv_dtype)
+        if not kernels.supports(layout):
+            raise UnsupportedModelError(f"head_dim {config.head_dim} is not supported on {kernels.device_name}")
+        return cls(config, kernels, checkpoint, layout)
 
     def forward(self, batch: ForwardBatch, kv_cache: Array) -> Array:
         """Compute all tokens of the batch, appending their keys and values to kv_cache (num_layers, num_blocks, ...).
@@ -83,13 +103,16 @@ class DecoderModel:
         Returns the residual stream float32 (T, H) after the last layer.
         """
         kernels, mode, eps = self.kernels, batch.mode, self.config.rms_norm_eps
-        plan = kernels.plan_attention(batch.attention, self.kv_layout, len(batch.ids), mode=mode)
-        step = AttentionStep(batch.attention, batch.positions, batch.slots, self.rope_table, plan)
+        attention = replace(batch.attention, window=self.config.sliding_window)
+        plan = kernels.plan_attention(attention, self.kv_layout, len(batch.ids), mode=mode)
+        step = AttentionStep(attention, batch.positions, batch.slots, self.rope_table, plan)
         x = kernels.embedding(batch.ids, self.embedding)  # (T, H), the residual stream
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             with kernels.temporaries():
                 h = kernels.rms_norm(x, layer.attention_norm, eps)
                 qkv = layer.qkv(kernels, h, mode)  # (T, (num_heads + 2 num_kv_heads) D)
+                if layer.q_norm is not None:
+                    kernels.norm_heads(qkv, layer.q_norm, layer.k_norm, eps, self.kv_layout)
                 attended = kernels.attention(qkv, cache, step, self.kv_layout, mode=mode)
                 layer.o(kernels, attended, mode, residual=x)
                 h = kernels.rms_norm(x, layer.mlp_norm, eps)
@@ -125,9 +148,9 @@ class _Loader:
     def array(self, name: str) -> Array:
         return self._to_device(self.checkpoint.array(name))
 
-    def int8(self, name: str) -> Int8Weight:
+    def table(self, name: str) -> Int8Weight | Float16Weight:
         weight = self._weight(name)
-        assert isinstance(weight, Int8Weight), f"{name} is not INT8"
+        assert not isinstance(weight, Int4Weight), f"{name} is INT4"
         return weight
 
     def layer(self, prefix: str) -> Layer:
@@ -138,19 +161,25 @@ class _Loader:
             mlp_norm=self.array(f"{prefix}.mlp_norm"),
             gate_up=self._linear(f"{prefix}.gate_up"),
             down=self._linear(f"{prefix}.down"),
+            q_norm=self._optional(f"{prefix}.q_norm"),
+            k_norm=self._optional(f"{prefix}.k_norm"),
         )
 
     def _linear(self, name: str) -> Linear:
-        bias_name = f"{name}.bias"
-        bias = self.array(bias_name) if self.checkpoint.has(bias_name) else None
-        return Linear(self._weight(name), bias)
+        return Linear(self._weight(name), self._optional(f"{name}.bias"))
 
-    def _weight(self, name: str) -> Int4Weight | Int8Weight:
+    def _optional(self, name: str) -> Array | None:
+        return self.array(name) if self.checkpoint.has(name) else None
+
+    def _weight(self, name: str) -> Weight:
         weight = self.checkpoint.linear(name)
         if isinstance(weight, Int4Weight):
             packed = self._to_device(weight.packed)
             return Int4Weight(packed, weight.out_features, weight.in_features, weight.group_size)
-        return Int8Weight(self._to_device(weight.values), self._to_device(weight.scales), weight.group_size)
+        values = self._to_device(weight.values)
+        if isinstance(weight, Float16Weight):
+            return Float16Weight(values)
+        return Int8Weight(values, self._to_device(weight.scales), weight.group_size)
 
     def _to_device(self, array: Array) -> Array:
         self.num_bytes += int(array.nbytes)

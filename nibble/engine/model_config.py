@@ -6,18 +6,19 @@ import msgspec
 
 
 class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary embedding. `frequency_divisors` (D / 2 numbers) are Llama 3's and longrope's per-frequency factors as
-    GGUF stores them: angle = position * theta^(-2i/D) / divisor[i]."""
+    """Rotary embedding: angle = position * theta^(-2i/D) / (divisor[i] * linear_factor), cosines and sines times
+    attention_factor. Whatever way of scaling a checkpoint names, this is what it comes to (`rope.py`)."""
 
     theta: float = 10000.0
-    frequency_divisors: tuple[float, ...] | None = None
+    frequency_divisors: tuple[float, ...] | None = None  # D / 2 numbers
     linear_factor: float = 1.0
+    attention_factor: float = 1.0
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU."""
 
-    architecture: str  # "llama"
+    architecture: str  # Hugging Face's model_type, one of ARCHITECTURES
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -29,7 +30,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     rms_norm_eps: float
     rope: RopeConfig = RopeConfig()
     tie_word_embeddings: bool = False
-    attention_bias: bool = False
+    attention_bias: bool = False  # of q, k and v
+    qk_norm: bool = False  # RMS norm of each head of q and k, before rotation
+    sliding_window: int | None = None  # the newest so many positions, its own included, are what a token attends to
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -37,3 +40,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def qkv_features(self) -> int:
         """Rows of the fused q, k, v projection: all q heads, then k, then v."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}

@@ -1,9 +1,8 @@
-"""GGUF to native: once per model, without torch, one tensor in memory at a time.
+"""A foreign checkpoint to a native one: once per model, without torch, one tensor in memory at a time.
 
-What changes: q and k rows go from GGUF's order (for rotary pairs side by side) to rotate-half order, q, k, v become one
-matrix, gate and up another with interleaved rows, and 4-bit blocks are re-ordered into tiles. What does not: the
-weights, wherever `requantize.py` can keep them; how many had to be rounded is logged. A matrix whose parts are all Q4_0
-or Q4_1 becomes INT4, any other INT8.
+What changes: q, k, v become one matrix, gate and up another with interleaved rows, and 4-bit weights are re-ordered
+into tiles. What does not: the weights, wherever `row_formats.py` can keep them. The head, which every step reads,
+becomes INT8 where the model is quantised. What became of which types is logged.
 """
 
 from __future__ import annotations
@@ -17,32 +16,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nibble.engine.checkpoint.errors import ConversionError
-from nibble.engine.checkpoint.gguf import GGUFFile
+from nibble.engine.checkpoint.errors import ConversionError, UnsupportedModelError
 from nibble.engine.checkpoint.hf_config import write_hf_config
-from nibble.engine.checkpoint.llama_metadata import read_config
 from nibble.engine.checkpoint.native import write_checkpoint
-from nibble.engine.checkpoint.requantize import (
-    GROUP_SIZE,
-    INT4_TYPES,
-    LOSSLESS_INT8_TYPES,
-    RowArrays,
-    int4_rows,
-    int8_rows,
-    require_readable,
-)
+from nibble.engine.checkpoint.row_formats import GROUP_SIZE, common_format, to_format
 from nibble.engine.checkpoint.schema import LinearFormat, linear_sizes
-from nibble.engine.checkpoint.tokenizer import read_tokenizer
-from nibble.engine.model_config import ModelConfig
+from nibble.engine.checkpoint.source import Float16Rows, Int4Rows, RowFormat, Rows, Source
 from nibble.kernels.pack import interleave_gate_up, pack_int4
 
 Progress = Callable[[str, float], None]  # what is being done, and how much of it is: 0 to 1
 
 _PARTS = {
-    "qkv": ("attn_q", "attn_k", "attn_v"),
-    "o": ("attn_output",),
-    "gate_up": ("ffn_gate", "ffn_up"),
-    "down": ("ffn_down",),
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
 }
 
 logger = logging.getLogger(__name__)
@@ -50,133 +38,127 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Linear:
-    """A native linear and the GGUF tensors whose rows it is made of."""
+    """A native linear and the tensors of the source whose rows it is made of."""
 
     name: str
     parts: tuple[str, ...]
-    is_int4: bool
-    format: LinearFormat
+    size: tuple[int, int]
+    format: RowFormat
 
 
-def convert_gguf(path: Path, out_dir: Path, progress: Progress) -> None:
+def convert_checkpoint(source: Source, out_dir: Path, progress: Progress) -> None:
     """Write a native checkpoint into the existing directory `out_dir`.
 
     Raises CheckpointError, before anything is written where the model is not one that Nibble runs.
     """
-    file = GGUFFile(path)
-    config = read_config(file)
-    linears = [_plan_linear(file, name, size) for name, size in linear_sizes(config).items()]
+    config = source.config
+    linears = _plan(source)
     progress("building the tokenizer", 0.0)
-    tokenizer = read_tokenizer(file)
-    tokenizer.write(out_dir, config)
+    source.write_tokenizer(out_dir)
     progress("building the tokenizer", 1.0)
     write_hf_config(out_dir, config)
+    formats = {linear.name: LinearFormat(*linear.size, linear.format.group_size) for linear in linears}
     write_checkpoint(
         out_dir,
         config,
-        _arrays(file, config, linears, progress),
-        int4={linear.name: linear.format for linear in linears if linear.is_int4},
-        int8={linear.name: linear.format for linear in linears if not linear.is_int4},
+        _arrays(source, linears, progress),
+        int4={linear.name: formats[linear.name] for linear in linears if linear.format.kind == "int4"},
+        int8={linear.name: formats[linear.name] for linear in linears if linear.format.kind == "int8"},
+        float16=[linear.name for linear in linears if linear.format.kind == "float16"],
     )
-    _log_summary(file, linears)
+    _log_summary(source, linears)
 
 
-def _plan_linear(file: GGUFFile, name: str, size: tuple[int, int]) -> _Linear:
-    prefix, _, stem = name.rpartition(".")
+def _plan(source: Source) -> list[_Linear]:
+    linears = []
+    for name, size in linear_sizes(source.config).items():
+        parts = _parts_of(name)
+        for part in parts:
+            if size[1] % GROUP_SIZE:
+                raise UnsupportedModelError(
+                    f"{source.label}: tensor {part} has rows of {size[1]}, not a multiple of {GROUP_SIZE}"
+                )
+        linears.append(_Linear(name, parts, size, common_format([source.format(part) for part in parts])))
+    is_quantized = any(linear.format.kind != "float16" for linear in linears)
+    head = "embedding" if source.config.tie_word_embeddings else "lm_head"
+    return [
+        _Linear(linear.name, linear.parts, linear.size, RowFormat("int8", GROUP_SIZE))
+        if (linear.format.kind == "int4" and linear.name in ("embedding", "lm_head"))
+        or (is_quantized and linear.name == head)
+        else linear
+        for linear in linears
+    ]  # fmt: skip
+
+
+def _parts_of(name: str) -> tuple[str, ...]:
     if name == "embedding":
-        parts: tuple[str, ...] = ("token_embd.weight",)
-    elif name == "lm_head":
-        parts = ("output.weight",)
-    else:
-        layer = prefix.removeprefix("layers.")
-        parts = tuple(f"blk.{layer}.{part}.weight" for part in _PARTS[stem])
-    for part in parts:
-        require_readable(file, part)
-    is_int4 = stem in _PARTS and all(file.tensor(part).kind.name in INT4_TYPES for part in parts)
-    return _Linear(name, parts, is_int4, LinearFormat(*size, GROUP_SIZE))
+        return ("model.embed_tokens.weight",)
+    if name == "lm_head":
+        return ("lm_head.weight",)
+    prefix, _, stem = name.rpartition(".")
+    return tuple(f"model.{prefix}.{part}.weight" for part in _PARTS[stem])
 
 
-def _arrays(
-    file: GGUFFile, config: ModelConfig, linears: list[_Linear], progress: Progress
-) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+def _arrays(source: Source, linears: list[_Linear], progress: Progress) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Every tensor of the native checkpoint, in the order of the file."""
-    total = sum(_stored_bytes(file, linear) for linear in linears)
+    config = source.config
+    sizes = [sum(source.stored_bytes(part) for part in linear.parts) for linear in linears]
     done = 0
-    for linear in linears:
-        progress("converting the weights", done / total)
-        done += _stored_bytes(file, linear)
+    for linear, num_bytes in zip(linears, sizes, strict=True):
+        progress("converting the weights", done / sum(sizes))
+        done += num_bytes
         prefix, _, stem = linear.name.rpartition(".")
-        layer = prefix.removeprefix("layers.")
         if stem == "qkv":
-            yield f"{prefix}.attention_norm", _vector(file, f"blk.{layer}.attn_norm.weight")
+            yield f"{prefix}.attention_norm", source.floats(f"model.{prefix}.input_layernorm.weight")
         if stem == "gate_up":
-            yield f"{prefix}.mlp_norm", _vector(file, f"blk.{layer}.ffn_norm.weight")
-        yield from _linear_arrays(file, config, linear)
+            yield f"{prefix}.mlp_norm", source.floats(f"model.{prefix}.post_attention_layernorm.weight")
+        yield from _linear_arrays(source, linear)
         if stem == "qkv" and config.attention_bias:
-            yield f"{linear.name}.bias", _qkv_bias(file, config, layer)
-    yield "final_norm", _vector(file, "output_norm.weight")
+            biases = [source.floats(f"{part.removesuffix('weight')}bias") for part in linear.parts]
+            yield f"{linear.name}.bias", np.concatenate(biases)
+        if stem == "qkv" and config.qk_norm:
+            for which in "qk":
+                yield f"{prefix}.{which}_norm", source.floats(f"model.{prefix}.self_attn.{which}_norm.weight")
+    yield "final_norm", source.floats("model.norm.weight")
     progress("converting the weights", 1.0)
 
 
-def _linear_arrays(file: GGUFFile, config: ModelConfig, linear: _Linear) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    read = int4_rows if linear.is_int4 else int8_rows
-    parts = [_reordered(read(file, part), part, config) for part in linear.parts]
-    if linear.name.endswith("gate_up"):
-        arrays: RowArrays = tuple(interleave_gate_up(gate, up) for gate, up in zip(*parts, strict=True))
+def _linear_arrays(source: Source, linear: _Linear) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    rows = _joined([_read(source, part, linear.format) for part in linear.parts], linear.name.endswith("gate_up"))
+    if isinstance(rows, Int4Rows):
+        yield linear.name, pack_int4(*rows)
+    elif isinstance(rows, Float16Rows):
+        yield linear.name, rows.values
     else:
-        arrays = tuple(np.concatenate(same) if len(same) > 1 else same[0] for same in zip(*parts, strict=True))
-    if linear.is_int4:
-        yield linear.name, pack_int4(*arrays)
-    else:
-        yield f"{linear.name}.values", arrays[0]
-        yield f"{linear.name}.scales", arrays[1]
+        yield f"{linear.name}.values", rows.values
+        yield f"{linear.name}.scales", rows.scales
 
 
-def _reordered(arrays: RowArrays, part: str, config: ModelConfig) -> RowArrays:
-    """Rows of q and k in rotate-half order, rows of anything else as they are."""
-    num_heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(part.split(".")[-2])
-    if num_heads is None:
-        return arrays
-    rows = rotate_half_rows(num_heads, config.head_dim)
-    return tuple(array[rows] for array in arrays)
+def _read(source: Source, part: str, target: RowFormat) -> Rows:
+    rows = to_format(source.rows(part), target)
+    if not all(np.isfinite(array).all() for array in rows[1:]):
+        raise ConversionError(f"{source.label}: tensor {part} has weights that are infinite, NaN or beyond fp16")
+    return rows
 
 
-def rotate_half_rows(num_heads: int, head_dim: int) -> npt.NDArray[np.intp]:
-    """Which GGUF row each row of q or k comes from: GGUF has the D / 2 rotary pairs side by side (2i, 2i + 1), we have
-    them half a head apart (i, i + D / 2)."""
-    rows = np.arange(num_heads * head_dim).reshape(num_heads, head_dim // 2, 2)
-    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
+def _joined(parts: list[Rows], interleaved: bool) -> Rows:
+    """One matrix of parts that have one format."""
+    if len(parts) == 1:
+        return parts[0]
+    join: Callable[..., Any] = interleave_gate_up if interleaved else lambda *arrays: np.concatenate(arrays)
+    return type(parts[0])(*(join(*same) for same in zip(*parts, strict=True)))
 
 
-def _qkv_bias(file: GGUFFile, config: ModelConfig, layer: str) -> npt.NDArray[np.float32]:
-    parts = []
-    for part in _PARTS["qkv"]:
-        name = f"blk.{layer}.{part}.bias"
-        (bias,) = _reordered((_vector(file, name),), name, config)
-        parts.append(bias)
-    return np.concatenate(parts)
-
-
-def _vector(file: GGUFFile, name: str) -> npt.NDArray[np.float32]:
-    vector = file.dequantized(name)
-    if not np.isfinite(vector).all():
-        raise ConversionError(f"{file.path.name}: tensor {name} has numbers that are infinite or NaN")
-    return vector
-
-
-def _stored_bytes(file: GGUFFile, linear: _Linear) -> int:
-    return sum(file.tensor(part).num_bytes for part in linear.parts)
-
-
-def _log_summary(file: GGUFFile, linears: list[_Linear]) -> None:
-    """One line: how many tensors kept their weights, and which were rounded."""
-    kinds = {part: file.tensor(part).kind.name for linear in linears if not linear.is_int4 for part in linear.parts}
-    rounded = [f"{part}:{kind}" for part, kind in kinds.items() if kind not in LOSSLESS_INT8_TYPES]
+def _log_summary(source: Source, linears: list[_Linear]) -> None:
+    """One line: how many linears there are of each format, and which types of the source they came from."""
+    counts = {kind: sum(linear.format.kind == kind for linear in linears) for kind in ("int4", "int8", "float16")}
+    types: dict[str, int] = {}
+    for linear in linears:
+        key = "+".join(dict.fromkeys(source.stored_type(part) for part in linear.parts)) + f">{linear.format.kind}"
+        types[key] = types.get(key, 0) + 1
     logger.info(
-        "converted file=%s int4_linears=%d int8_linears=%d rounded_tensors=%d %s",
-        file.path.name,
-        sum(linear.is_int4 for linear in linears),
-        sum(not linear.is_int4 for linear in linears),
-        len(rounded),
-        ",".join(rounded[:8]) + (",..." if len(rounded) > 8 else ""),
+        "converted source=%s int4_linears=%d int8_linears=%d float16_linears=%d %s",
+        source.label,
+        *counts.values(),
+        ",".join(f"{key}:{count}" for key, count in types.items()),
     )

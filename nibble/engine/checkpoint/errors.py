@@ -2,6 +2,7 @@
 
 CheckpointError
 +-- GGUFError              the bytes are not a well-formed GGUF file
++-- SafetensorsError       the bytes are not a well-formed safetensors file
 +-- UnsupportedModelError  a well-formed file of a model, format or option that Nibble does not run
 +-- NativeFormatError      a native checkpoint directory is incomplete or does not fit its own configuration
 +-- ConversionError        numbers that the native format cannot hold, or a disk that cannot hold the result
@@ -16,6 +17,10 @@ class CheckpointError(Exception):
 
 
 class GGUFError(CheckpointError):
+    pass
+
+
+class SafetensorsError(CheckpointError):
     pass
 
 

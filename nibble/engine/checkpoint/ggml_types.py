@@ -80,6 +80,18 @@ def split_q8_0(blocks: Bytes) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.floa
     return blocks[..., 2:34].view(np.int8), _half(blocks, 0)
 
 
+def split_q5_0(blocks: Bytes) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Values (..., 32) in -16..15 and scales (..., 1) of blocks (..., 22): w = scale * value."""
+    fifth = _fifth_bits(blocks[..., 2:6])
+    return (_nibbles(blocks[..., 6:22]) | fifth << np.uint8(4)).view(np.int8) - np.int8(16), _half(blocks, 0)
+
+
+def split_q4_k(blocks: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """Nibbles (..., 256), scales (..., 8) and minima (..., 8) of blocks (..., 144): w = scale * nibble + minimum."""
+    scale, minimum = _k_scales(blocks)
+    return _k_nibbles(blocks[..., 16:144]), scale, minimum
+
+
 def dequantize(data: Bytes, kind: GGMLType) -> Floats:
     """The numbers of `data` uint8 (rows, bytes per row) as new float32 (rows, values per row)."""
     blocks = data.reshape(data.shape[0], -1, kind.block_bytes)
@@ -94,6 +106,31 @@ def _half(blocks: Bytes, offset: int) -> npt.NDArray[np.float16]:
 def _nibbles(packed: Bytes) -> Bytes:
     """All low nibbles of a block come before its high ones."""
     return np.concatenate([packed & np.uint8(15), packed >> np.uint8(4)], axis=-1)
+
+
+def _fifth_bits(packed: Bytes) -> Bytes:
+    """One bit for each of 32 values, little-endian."""
+    return np.unpackbits(np.ascontiguousarray(packed), axis=-1, bitorder="little")
+
+
+def _k_nibbles(packed: Bytes) -> Bytes:
+    """Runs of 64 values: 32 bytes whose low nibbles come first."""
+    runs = packed.reshape(*packed.shape[:-1], 4, 1, 32)
+    nibbles = np.concatenate([runs & np.uint8(15), runs >> np.uint8(4)], axis=-2)
+    return nibbles.reshape(*packed.shape[:-1], 256)
+
+
+def _k_scales(blocks: Bytes) -> tuple[Floats, Floats]:
+    """Scales and minima (..., 8) of 32 values each: two fp16, then eight scales and eight minima of 6 bits in 12 bytes.
+
+    Of the first four the 6 bits are the low ones of bytes 0..3 (scales) and 4..7 (minima); of the others the low 4 bits
+    are the nibbles of bytes 8..11, the high 2 the high bits of bytes 0..3 and 4..7.
+    """
+    low, middle, last = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
+    scales = np.concatenate([low & 63, (last & 15) | (low >> 6) << 4], axis=-1)
+    minima = np.concatenate([middle & 63, last >> 4 | (middle >> 6) << 4], axis=-1)
+    scale = _half(blocks, 0).astype(np.float32) * scales.astype(np.float32)
+    return scale, -_half(blocks, 2).astype(np.float32) * minima.astype(np.float32)
 
 
 def _f32(blocks: Bytes) -> Floats:
@@ -116,6 +153,34 @@ def _q4_0(blocks: Bytes) -> Floats:
 def _q4_1(blocks: Bytes) -> Floats:
     nibbles, scale, minimum = split_q4_1(blocks)
     return scale.astype(np.float32) * nibbles.astype(np.float32) + minimum.astype(np.float32)
+
+
+def _q5_0(blocks: Bytes) -> Floats:
+    values, scale = split_q5_0(blocks)
+    return scale.astype(np.float32) * values.astype(np.float32)
+
+
+def _q5_1(blocks: Bytes) -> Floats:
+    values = _nibbles(blocks[..., 8:24]) | _fifth_bits(blocks[..., 4:8]) << np.uint8(4)
+    return _half(blocks, 0).astype(np.float32) * values.astype(np.float32) + _half(blocks, 2).astype(np.float32)
+
+
+def _q4_k(blocks: Bytes) -> Floats:
+    nibbles, scale, minimum = split_q4_k(blocks)
+    return _k_values(nibbles, scale, minimum)
+
+
+def _q5_k(blocks: Bytes) -> Floats:
+    """As Q4_K, and between scales and nibbles 32 bytes of fifth bits: bit r of byte i is value i of run r."""
+    scale, minimum = _k_scales(blocks)
+    runs = np.arange(8, dtype=np.uint8)[:, None]
+    fifth = (blocks[..., None, 16:48] >> runs & np.uint8(1)).reshape(*blocks.shape[:-1], 256)
+    return _k_values(_k_nibbles(blocks[..., 48:176]) | fifth << np.uint8(4), scale, minimum)
+
+
+def _k_values(integers: Bytes, scale: Floats, minimum: Floats) -> Floats:
+    runs = integers.reshape(*scale.shape, 32).astype(np.float32)
+    return (scale[..., None] * runs + minimum[..., None]).reshape(integers.shape)
 
 
 def _q8_0(blocks: Bytes) -> Floats:
@@ -143,6 +208,10 @@ DEQUANTIZABLE: dict[str, Callable[[Bytes], npt.NDArray[Any]]] = {
     "BF16": _bf16,
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
     "Q8_0": _q8_0,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }

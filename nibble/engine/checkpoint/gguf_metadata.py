@@ -1,4 +1,4 @@
-"""A GGUF file of architecture `llama` (Llama 2 and 3, Mistral, TinyLlama, SmolLM2 ...) as a ModelConfig.
+"""A GGUF file as a ModelConfig: architectures `llama` (Llama 2 and 3, Mistral, TinyLlama, SmolLM2), `qwen2`, `qwen3`.
 
 A key that changes the computation and that Nibble does not know is refused by name: a model that runs and answers
 slightly wrong is worse than one that does not start. So is every unknown tensor.
@@ -13,10 +13,11 @@ from nibble.engine.checkpoint.gguf import GGUFFile
 from nibble.engine.checkpoint.metadata import Metadata
 from nibble.engine.checkpoint.schema import config_problem
 from nibble.engine.model_config import ModelConfig, RopeConfig
+from nibble.engine.rope import yarn_attention_factor, yarn_divisors
 
-ARCHITECTURE = "llama"
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
-# Suffixes of `llama.` keys that are read below.
+# Suffixes of the architecture's keys (`llama.context_length`) that are read below.
 _READ_KEYS = frozenset(
     {
         "context_length",
@@ -34,10 +35,13 @@ _READ_KEYS = frozenset(
         "rope.scale_linear",
         "rope.scaling.type",
         "rope.scaling.factor",
+        "rope.scaling.original_context_length",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
     }
 )
-# Keys that say nothing about the computation, or nothing without a scaling type that is refused anyway.
-_IRRELEVANT_KEYS = frozenset({"tensor_data_layout", "rope.scaling.original_context_length", "rope.scaling.finetuned"})
+# Keys that say nothing about the computation.
+_IRRELEVANT_KEYS = frozenset({"tensor_data_layout", "rope.scaling.finetuned"})
 # Features that are absent where the number is 0.
 _ZERO_KEYS = frozenset({"expert_count", "expert_used_count", "attention.sliding_window"})
 
@@ -55,100 +59,164 @@ _END_TOKENS = frozenset(
 )
 _ADDED_TOKEN_TYPES = (3, 4)  # control, user-defined
 
-LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+# Hugging Face's names within a layer
+TENSOR_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_OUTER_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
 
 
 def read_config(file: GGUFFile) -> ModelConfig:
     """Raises GGUFError for what is missing or contradictory, UnsupportedModelError for what Nibble does not run."""
     metadata, source = file.metadata, file.path.name
     architecture = metadata.string("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise UnsupportedModelError(f"{source}: architecture {architecture!r} is not supported, only {ARCHITECTURE!r}")
-    _refuse_unknown_keys(metadata, source)
-    num_heads = _count(metadata, "attention.head_count")
-    hidden_size = _count(metadata, "embedding_length")
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"{source}: architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)}"
+        )
+    keys = _Keys(metadata, architecture, source)
+    keys.refuse_unknown()
+    num_heads, hidden_size = keys.count("attention.head_count"), keys.count("embedding_length")
     tokens = metadata.strings("tokenizer.ggml.tokens")
     if tokens is None:
         raise metadata.required("tokenizer.ggml.tokens")
-    epsilon = metadata.number("llama.attention.layer_norm_rms_epsilon")
-    if epsilon is None:
-        raise metadata.required("llama.attention.layer_norm_rms_epsilon")
-    head_dim = _head_dim(metadata, hidden_size, num_heads, source)
+    head_dim = _head_dim(keys, hidden_size // num_heads)
+    context_tokens, rope = _rope(file, keys, head_dim)
     config = ModelConfig(
-        architecture=ARCHITECTURE,
+        architecture=architecture,
         vocab_size=len(tokens),
         hidden_size=hidden_size,
-        intermediate_size=_count(metadata, "feed_forward_length"),
-        num_layers=_count(metadata, "block_count"),
+        intermediate_size=keys.count("feed_forward_length"),
+        num_layers=keys.count("block_count"),
         num_heads=num_heads,
-        num_kv_heads=_count(metadata, "attention.head_count_kv", default=num_heads),
+        num_kv_heads=keys.count("attention.head_count_kv", default=num_heads),
         head_dim=head_dim,
-        max_context_tokens=_count(metadata, "context_length"),
-        rms_norm_eps=epsilon,
-        rope=_rope(file),
+        max_context_tokens=context_tokens,
+        rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        rope=rope,
         tie_word_embeddings="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
+        qk_norm=architecture == "qwen3",
         bos_token_id=metadata.integer("tokenizer.ggml.bos_token_id"),
         eos_token_ids=_eos_token_ids(metadata, tokens),
     )
     problem = config_problem(config)
     if problem:
         raise GGUFError(f"{source}: {problem}")
-    _check_tensors(file, config)
     return config
 
 
-def _refuse_unknown_keys(metadata: Metadata, source: str) -> None:
-    for key in metadata:
-        architecture, _, suffix = key.partition(".")
-        if architecture != ARCHITECTURE or suffix in _READ_KEYS or suffix in _IRRELEVANT_KEYS:
-            continue
-        if suffix not in _ZERO_KEYS or metadata.integer(key) != 0:
-            raise UnsupportedModelError(f"{source}: the model option {key} is not supported (got {metadata[key]!r})")
+def gguf_name(name: str) -> str:
+    """GGUF's name of a tensor that has Hugging Face's."""
+    if name in _OUTER_NAMES:
+        return _OUTER_NAMES[name]
+    layer, _, rest = name.removeprefix("model.layers.").partition(".")
+    stem, _, kind = rest.rpartition(".")
+    return f"blk.{layer}.{TENSOR_NAMES[stem]}.{kind}"
 
 
-def _count(metadata: Metadata, suffix: str, default: int | None = None) -> int:
-    key = f"{ARCHITECTURE}.{suffix}"
-    value = metadata.integer(key)
-    if value is None:
-        if default is None:
-            raise metadata.required(key)
-        return default
-    if not 0 < value < 1 << 31:
-        raise metadata.out_of_range(key, "a positive number below 2^31")
-    return value
+class _Keys:
+    """The keys that begin with the architecture's name."""
+
+    def __init__(self, metadata: Metadata, architecture: str, source: str) -> None:
+        self.metadata = metadata
+        self.architecture = architecture
+        self.source = source
+
+    def refuse_unknown(self) -> None:
+        for key in self.metadata:
+            architecture, _, suffix = key.partition(".")
+            if architecture != self.architecture or suffix in _READ_KEYS or suffix in _IRRELEVANT_KEYS:
+                continue
+            if suffix not in _ZERO_KEYS or self.metadata.integer(key) != 0:
+                raise UnsupportedModelError(
+                    f"{self.source}: the model option {key} is not supported (got {self.metadata[key]!r})"
+                )
+
+    def name(self, suffix: str) -> str:
+        return f"{self.architecture}.{suffix}"
+
+    def count(self, suffix: str, default: int | None = None) -> int:
+        key = self.name(suffix)
+        value = self.metadata.integer(key)
+        if value is None:
+            if default is None:
+                raise self.metadata.required(key)
+            return default
+        if not 0 < value < 1 << 31:
+            raise self.metadata.out_of_range(key, "a positive number below 2^31")
+        return value
+
+    def number(self, suffix: str, default: float | None = None) -> float:
+        key = self.name(suffix)
+        value = self.metadata.number(key)
+        if value is None and default is None:
+            raise self.metadata.required(key)
+        return default if value is None else value  # type: ignore[return-value]  # one of them is there
+
+    def positive(self, suffix: str, default: float) -> float:
+        value = self.number(suffix, default)
+        if not 0 < value < 1e6:
+            raise self.metadata.out_of_range(self.name(suffix), "a positive number")
+        return value
 
 
-def _head_dim(metadata: Metadata, hidden_size: int, num_heads: int, source: str) -> int:
-    head_dim = _count(metadata, "attention.key_length", default=hidden_size // num_heads)
+def _head_dim(keys: _Keys, default: int) -> int:
+    head_dim = keys.count("attention.key_length", default=default)
     for suffix in ("attention.value_length", "rope.dimension_count"):
-        found = _count(metadata, suffix, default=head_dim)
+        found = keys.count(suffix, default=head_dim)
         if found != head_dim:
             raise UnsupportedModelError(
-                f"{source}: {ARCHITECTURE}.{suffix} is {found}, but only the head dimension ({head_dim}) is supported"
+                f"{keys.source}: {keys.name(suffix)} is {found}, but only the head dimension ({head_dim}) is supported"
             )
     return head_dim
 
 
-def _rope(file: GGUFFile) -> RopeConfig:
-    metadata = file.metadata
-    scaling = metadata.string("llama.rope.scaling.type") or "none"
-    factor = metadata.number("llama.rope.scaling.factor")
-    if scaling == "linear" and factor is None:
-        raise metadata.required("llama.rope.scaling.factor")
-    if scaling not in ("none", "linear"):
-        raise UnsupportedModelError(f"{file.path.name}: llama.rope.scaling.type {scaling!r} is not supported")
-    if scaling == "none":
-        factor = metadata.number("llama.rope.scale_linear")  # what older writers call it
+def _rope(file: GGUFFile, keys: _Keys, head_dim: int) -> tuple[int, RopeConfig]:
+    """(the longest context, the rotation)"""
+    scaling = keys.metadata.string(keys.name("rope.scaling.type")) or "none"
+    theta, context_tokens = keys.number("rope.freq_base", default=10000.0), keys.count("context_length")
     divisors = None
     if "rope_freqs.weight" in file.tensors:
         divisors = tuple(file.dequantized("rope_freqs.weight").reshape(-1).tolist())
-    theta = metadata.number("llama.rope.freq_base")
-    return RopeConfig(
-        theta=10000.0 if theta is None else theta,
-        frequency_divisors=divisors,
-        linear_factor=1.0 if factor is None else factor,
+    if scaling == "none":
+        factor = keys.number("rope.scale_linear", default=1.0)  # what older writers call it
+        return context_tokens, RopeConfig(theta=theta, frequency_divisors=divisors, linear_factor=factor)
+    factor = keys.number("rope.scaling.factor")
+    if scaling == "linear":
+        return context_tokens, RopeConfig(theta=theta, frequency_divisors=divisors, linear_factor=factor)
+    if scaling != "yarn" or divisors is not None:
+        raise UnsupportedModelError(f"{keys.source}: {keys.name('rope.scaling.type')} {scaling!r} is not supported")
+    if not (theta > 1 and 0 < factor < 1e6):
+        raise GGUFError(f"{keys.source}: rope of type 'yarn' has theta {theta} and factor {factor}")
+    trained_tokens = keys.count("rope.scaling.original_context_length", default=context_tokens)
+    rope = RopeConfig(
+        theta=theta,
+        frequency_divisors=yarn_divisors(
+            theta,
+            head_dim,
+            factor,
+            trained_tokens,
+            keys.positive("rope.scaling.yarn_beta_fast", default=32.0),
+            keys.positive("rope.scaling.yarn_beta_slow", default=1.0),
+        ),
+        attention_factor=yarn_attention_factor(factor),
     )
+    return max(context_tokens, int(trained_tokens * factor)), rope
 
 
 def _eos_token_ids(metadata: Metadata, tokens: list[str]) -> tuple[int, ...]:
@@ -159,36 +227,3 @@ def _eos_token_ids(metadata: Metadata, tokens: list[str]) -> tuple[int, ...]:
         added = [i for i, kind in enumerate(types.tolist()) if kind in _ADDED_TOKEN_TYPES]
         ids += [i for i in added if tokens[i] in _END_TOKENS]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
-
-
-def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
-    """Raise unless the file holds exactly the tensors of such a model, in the right shapes."""
-    expected = _expected_shapes(file, config)
-    for name, shape in expected.items():
-        found = file.tensor(name).shape
-        if found != shape:
-            raise GGUFError(f"{file.path.name}: tensor {name} has shape {list(found)}, expected {list(shape)}")
-    for name in file.tensors:
-        if name not in expected:
-            raise UnsupportedModelError(f"{file.path.name}: tensor {name} belongs to a feature that is not supported")
-
-
-def _expected_shapes(file: GGUFFile, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears: list[tuple[int, ...]] = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
-    linears += [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (config.vocab_size, hidden)}
-    shapes["output_norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["output.weight"] = (config.vocab_size, hidden)
-    if config.rope.frequency_divisors is not None:
-        shapes["rope_freqs.weight"] = (config.head_dim // 2,)
-    for i in range(config.num_layers):
-        shapes[f"blk.{i}.attn_norm.weight"] = shapes[f"blk.{i}.ffn_norm.weight"] = (hidden,)
-        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in zip(LINEARS, linears, strict=True)}
-        if config.attention_bias:
-            shapes |= {f"blk.{i}.{name}.bias": shape[:1] for name, shape in zip(LINEARS[:3], linears, strict=False)}
-        if f"blk.{i}.attn_norm.weight" not in file.tensors:
-            break  # reported as missing; a hostile number of layers is not unrolled
-    return shapes

@@ -18,7 +18,7 @@ from nibble.engine.checkpoint.errors import NativeFormatError
 from nibble.engine.checkpoint.safetensors_file import ALIGNMENT, SafetensorsFile, write_safetensors
 from nibble.engine.checkpoint.schema import FORMAT_VERSION, Description, LinearFormat, TensorSpec, tensor_specs
 from nibble.engine.model_config import ModelConfig
-from nibble.kernels.interface import Int4Weight, Int8Weight
+from nibble.kernels.interface import Float16Weight, Int4Weight, Int8Weight, Weight
 
 WEIGHTS_FILE = "model.safetensors"
 METADATA_KEY = "nibble"
@@ -43,19 +43,21 @@ class Checkpoint:
         """One tensor of `schema.py`, not copied and not writable. Raises KeyError for a name that is not there."""
         return self._file.array(name)
 
-    def linear(self, name: str) -> Int4Weight | Int8Weight:
-        """The matrix of a linear, in whichever of the two formats the checkpoint holds it."""
+    def linear(self, name: str) -> Weight:
+        """The matrix of a linear, in whichever format the checkpoint holds it."""
         int4 = self._description.int4.get(name)
         if int4 is not None:
             return Int4Weight(self.array(name), int4.out_features, int4.in_features, int4.group_size)
-        int8 = self._description.int8[name]
-        return Int8Weight(self.array(f"{name}.values"), self.array(f"{name}.scales"), int8.group_size)
+        int8 = self._description.int8.get(name)
+        if int8 is not None:
+            return Int8Weight(self.array(f"{name}.values"), self.array(f"{name}.scales"), int8.group_size)
+        return Float16Weight(self.array(name))
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:
     """Map a native checkpoint, having checked that every tensor is there, of the right dtype and shape, and aligned.
 
-    Raises NativeFormatError. The weights themselves are not read.
+    Raises NativeFormatError or SafetensorsError. The weights themselves are not read.
     """
     path = directory / WEIGHTS_FILE
     file = SafetensorsFile(path)
@@ -79,13 +81,16 @@ def write_checkpoint(
     *,
     int4: Mapping[str, LinearFormat],
     int8: Mapping[str, LinearFormat],
+    float16: Iterable[str] = (),
 ) -> None:
     """Write `model.safetensors` into an existing directory. `arrays` yields each tensor once, in any order.
 
     Only one tensor need be in memory at a time. Raises NativeFormatError where config and formats do not fit each
     other, ConversionError where the disk does not hold the file.
     """
-    description = Description(format_version=FORMAT_VERSION, config=config, int4=dict(int4), int8=dict(int8))
+    description = Description(
+        format_version=FORMAT_VERSION, config=config, int4=dict(int4), int8=dict(int8), float16=tuple(float16)
+    )
     metadata = {"format": "nibble", METADATA_KEY: msgspec.json.encode(description).decode()}
     write_safetensors(directory / WEIGHTS_FILE, tensor_specs(description), metadata, arrays)
 
@@ -101,7 +106,7 @@ def _read_description(file: SafetensorsFile, path: Path) -> Description:
                 f"{path}: native format version {version}, this release reads {FORMAT_VERSION}: convert the model again"
             )
         return msgspec.json.decode(text, type=Description)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise NativeFormatError(f"{path}: the metadata's {METADATA_KEY!r} entry: {error}") from None
 
 

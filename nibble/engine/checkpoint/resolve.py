@@ -1,45 +1,42 @@
-"""From the path that a user names to a native checkpoint directory, converting a GGUF file the first time.
+"""From the path that a user names to a native checkpoint directory, converting other formats the first time.
 
-Conversions are kept in a cache directory under `<file stem>-<identity>`; `cache.py` sees to it that none is half there.
+Conversions are kept in a cache directory under `<name>-<identity>`; `cache.py` sees to it that none is half there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 from pathlib import Path
 
 from nibble.engine.checkpoint.cache import exclusive, partial_directory, publish
-from nibble.engine.checkpoint.convert import Progress, convert_gguf
-from nibble.engine.checkpoint.errors import ConversionError, NativeFormatError, SourceError
-from nibble.engine.checkpoint.gguf import MAGIC
+from nibble.engine.checkpoint.convert import Progress, convert_checkpoint
+from nibble.engine.checkpoint.errors import ConversionError, NativeFormatError, SafetensorsError, SourceError
+from nibble.engine.checkpoint.gguf_source import is_gguf
 from nibble.engine.checkpoint.native import METADATA_KEY, WEIGHTS_FILE, load_checkpoint
 from nibble.engine.checkpoint.safetensors_file import read_metadata
 from nibble.engine.checkpoint.schema import FORMAT_VERSION
+from nibble.engine.checkpoint.source import open_source
 
 FILES = (WEIGHTS_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
-_SUPPORTED = "supported are a GGUF file and a directory that Nibble converted"
+_SUPPORTED = "supported are a GGUF file, a Hugging Face directory and a directory that Nibble converted"
+_HUGGING_FACE_PATTERNS = ("*.json", "*.jinja", "*.safetensors")
 _NUM_SAMPLES = 64
-_SAMPLE_BYTES = 16 << 10  # 1 MiB in all: some milliseconds, however large the file
+_SAMPLE_BYTES = 16 << 10  # 1 MiB of each file: some milliseconds, however large it is
 _MAX_STEM_LENGTH = 100
 
 logger = logging.getLogger(__name__)
 
 
 def resolve_checkpoint(source: Path, cache_dir: Path, progress: Progress) -> Path:
-    """The native directory for `source`: itself, or where the GGUF file's conversion is (made now if need be).
+    """The native directory for `source`: itself, or where its conversion is (made now if need be).
 
     Safe with several processes at once: one converts, the others wait. Raises CheckpointError.
     """
-    if source.is_dir():
-        _check_native_directory(source)
+    if _is_native(source):
         return source
-    if not source.exists():
-        raise SourceError(f"{source}: there is no such file or directory")
-    identity = _identity(source)
-    target = cache_dir / f"{source.stem[:_MAX_STEM_LENGTH]}-{identity}"
+    target = cache_dir / f"{_name_of(source)}-{_identity(source)}"
     if _is_usable(target):
         return target
     try:
@@ -54,7 +51,7 @@ def resolve_checkpoint(source: Path, cache_dir: Path, progress: Progress) -> Pat
 
 def _convert_into(target: Path, source: Path, progress: Progress) -> None:
     with partial_directory(target) as directory:
-        convert_gguf(source, directory, progress)
+        convert_checkpoint(open_source(source), directory, progress)
         if target.exists():  # found unusable
             shutil.rmtree(target)
         publish(directory, target)
@@ -67,7 +64,7 @@ def _is_usable(target: Path) -> bool:
         return False
     try:
         load_checkpoint(target)
-    except NativeFormatError as error:
+    except (NativeFormatError, SafetensorsError) as error:
         logger.warning("cached=%s is damaged and will be made again: %s", target, error)
         return False
     missing = [name for name in FILES if not (target / name).is_file()]
@@ -76,37 +73,51 @@ def _is_usable(target: Path) -> bool:
     return not missing
 
 
-def _check_native_directory(directory: Path) -> None:
-    """Raise unless a worker and a gateway can be started on it."""
-    weights = directory / WEIGHTS_FILE
+def _is_native(source: Path) -> bool:
+    """Whether a worker and a gateway can be started on it as it is. Raises CheckpointError for what is no model."""
+    if not source.exists():
+        raise SourceError(f"{source}: there is no such file or directory")
+    if not source.is_dir():
+        if not is_gguf(source):
+            raise SourceError(f"{source}: is not a GGUF file; {_SUPPORTED}")
+        return False
+    weights = source / WEIGHTS_FILE
     if weights.is_file() and METADATA_KEY in read_metadata(weights):
-        load_checkpoint(directory)
+        load_checkpoint(source)
         for name in FILES:
-            if not (directory / name).is_file():
-                raise SourceError(f"{directory}: {name} is missing")
-        return
-    gguf_files = sorted(directory.glob("*.gguf"))
+            if not (source / name).is_file():
+                raise SourceError(f"{source}: {name} is missing")
+        return True
+    if (source / "config.json").is_file():
+        return False
+    gguf_files = sorted(source.glob("*.gguf"))
     if gguf_files:
-        raise SourceError(f"{directory}: is a directory; name the GGUF file in it, such as {gguf_files[0]}")
-    if any(directory.glob("*.safetensors")) or (directory / "config.json").is_file():
-        raise SourceError(f"{directory}: Hugging Face checkpoints are not supported yet; {_SUPPORTED}")
-    raise SourceError(f"{directory}: holds no model; {_SUPPORTED}")
+        raise SourceError(f"{source}: is a directory; name the GGUF file in it, such as {gguf_files[0]}")
+    raise SourceError(f"{source}: holds no model; {_SUPPORTED}")
+
+
+def _name_of(source: Path) -> str:
+    return (source.stem if source.is_file() else source.resolve().name)[:_MAX_STEM_LENGTH]
 
 
 def _identity(source: Path) -> str:
-    """A name for the content: hash of its size, time of change, samples from all over it, and our format's version.
+    """A name for the content: hash of each file's size, time of change and samples from all over it, and our format's
+    version.
 
     Hashing all of a 40 GB file at each start would take a minute.
     """
-    try:
-        with source.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if file.read(len(MAGIC)) != MAGIC:
-                raise SourceError(f"{source}: is not a GGUF file; {_SUPPORTED}")
-            digest = hashlib.sha256(f"{FORMAT_VERSION} {status.st_size} {status.st_mtime_ns}".encode())
-            for i in range(_NUM_SAMPLES):
-                file.seek(max(0, status.st_size - _SAMPLE_BYTES) * i // (_NUM_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    except OSError as error:
-        raise SourceError(f"{source}: cannot be read: {error.strerror}") from error
+    digest = hashlib.sha256(f"{FORMAT_VERSION}".encode())
+    files = [source]
+    if source.is_dir():
+        files = sorted(path for pattern in _HUGGING_FACE_PATTERNS for path in source.glob(pattern))
+    for path in files:
+        try:
+            status = path.stat()
+            digest.update(f" {path.name if len(files) > 1 else ''} {status.st_size} {status.st_mtime_ns}".encode())
+            with path.open("rb") as file:
+                for i in range(_NUM_SAMPLES):
+                    file.seek(max(0, status.st_size - _SAMPLE_BYTES) * i // (_NUM_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""One safetensors file, read as views of a memory map and written one tensor at a time.
+"""A safetensors file, read as views of a memory map and written one tensor at a time.
 
 The `safetensors` package copies each tensor into memory when asked for numpy arrays, needs all of them at once to
 write, and does not align them; hence this module. Files are ordinary safetensors, with one habit of ours: every tensor
@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from nibble.engine.checkpoint.errors import ConversionError, NativeFormatError
+from nibble.engine.checkpoint.errors import ConversionError, SafetensorsError
 from nibble.engine.checkpoint.schema import TensorSpec
 
 ALIGNMENT = 64  # bytes
@@ -31,8 +31,12 @@ MAX_HEADER_BYTES = 100_000_000  # the safetensors package's own limit
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),  # the bits: NumPy has no such type
     "U8": np.dtype("u1"),
     "I8": np.dtype("i1"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "BOOL": np.dtype("u1"),
 }
 _PADDING_PREFIX = "padding."
 
@@ -44,14 +48,15 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SafetensorsFile:
-    """A memory-mapped file. The map lives as long as this object or any array made from it."""
+    """A memory-mapped file. The map lives as long as this object or any array made from it.
+
+    Any safetensors file, ours or not: where tensors begin is the caller's to check.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Raises NativeFormatError for a file that is not well-formed, or not aligned."""
+        """Raises SafetensorsError for a file that is not well-formed."""
         self._map = _map_file(path)
         header, data_start = _read_header(self._map, path.name)
-        if data_start % ALIGNMENT:
-            raise NativeFormatError(f"{path.name}: the data begins at byte {data_start}, no multiple of {ALIGNMENT}")
         self.metadata = _pop_metadata(header, path.name)
         self.specs: dict[str, TensorSpec] = {}
         self._starts: dict[str, int] = {}
@@ -60,6 +65,16 @@ class SafetensorsFile:
             if not name.startswith(_PADDING_PREFIX):
                 self.specs[name] = TensorSpec(entry.dtype, entry.shape)
                 self._starts[name] = data_start + entry.data_offsets[0]
+        self._check_overlaps(path.name)
+
+    def _check_overlaps(self, source: str) -> None:
+        previous_end, previous_name = 0, ""
+        for name, start in sorted(self._starts.items(), key=lambda item: item[1]):
+            if start < previous_end:
+                raise SafetensorsError(
+                    f"{source}: tensor {name[:100]}: its data overlaps that of {previous_name[:100]}"
+                )
+            previous_end, previous_name = start + _num_bytes(self.specs[name]), name
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """A read-only view of the map."""
@@ -70,7 +85,7 @@ class SafetensorsFile:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The free-form strings in any safetensors file's header, aligned or not. Raises NativeFormatError."""
+    """The free-form strings in any safetensors file's header, aligned or not. Raises SafetensorsError."""
     header, _ = _read_header(_map_file(path), path.name)
     return _pop_metadata(header, path.name)
 
@@ -134,21 +149,21 @@ def _map_file(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError:
-        raise NativeFormatError(f"{path}: the file is empty") from None
+        raise SafetensorsError(f"{path}: the file is empty") from None
     except OSError as error:
-        raise NativeFormatError(f"{path}: cannot be read: {error.strerror}") from error
+        raise SafetensorsError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _read_header(data: mmap.mmap, source: str) -> tuple[dict[str, msgspec.Raw], int]:
     if len(data) < 8:
-        raise NativeFormatError(f"{source}: the file has only {len(data)} bytes")
+        raise SafetensorsError(f"{source}: the file has only {len(data)} bytes")
     (header_bytes,) = struct.unpack_from("<Q", data, 0)
     if header_bytes > min(MAX_HEADER_BYTES, len(data) - 8):
-        raise NativeFormatError(f"{source}: the header of {header_bytes} bytes does not fit the file of {len(data)}")
+        raise SafetensorsError(f"{source}: the header of {header_bytes} bytes does not fit the file of {len(data)}")
     try:
         header = msgspec.json.decode(data[8 : 8 + header_bytes], type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise NativeFormatError(f"{source}: the header is not valid JSON: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise SafetensorsError(f"{source}: the header is not valid JSON: {error}") from None
     return header, 8 + header_bytes
 
 
@@ -156,19 +171,19 @@ def _pop_metadata(header: dict[str, msgspec.Raw], source: str) -> dict[str, str]
     try:
         return msgspec.json.decode(header.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise NativeFormatError(f"{source}: __metadata__: {error}") from None
+        raise SafetensorsError(f"{source}: __metadata__: {error}") from None
 
 
 def _read_entry(raw: msgspec.Raw, data_bytes: int, reading: str) -> _Entry:
     try:
         entry = msgspec.json.decode(raw, type=_Entry)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise NativeFormatError(f"{reading}: {error}") from None
+        raise SafetensorsError(f"{reading}: {error}") from None
     if entry.dtype not in _DTYPES:
-        raise NativeFormatError(f"{reading}: dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}")
+        raise SafetensorsError(f"{reading}: dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}")
     start, end = entry.data_offsets
     if not 0 <= start <= end <= data_bytes:
-        raise NativeFormatError(f"{reading}: bytes {start} to {end} are not within the {data_bytes} of the data")
+        raise SafetensorsError(f"{reading}: bytes {start} to {end} are not within the {data_bytes} of the data")
     if any(size < 0 for size in entry.shape) or _num_bytes(TensorSpec(entry.dtype, entry.shape)) != end - start:
-        raise NativeFormatError(f"{reading}: {end - start} bytes do not hold {entry.dtype} {list(entry.shape)}")
+        raise SafetensorsError(f"{reading}: {end - start} bytes do not hold {entry.dtype} {list(entry.shape)}")
     return entry

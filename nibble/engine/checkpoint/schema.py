@@ -2,17 +2,19 @@
 
 Writer and reader both check against this. Symbols: H hidden size, I intermediate size, V vocabulary.
 
-    embedding                int8 linear (V, H)
+    embedding                int8 or float16 linear (V, H)
     layers.{i}.attention_norm, layers.{i}.mlp_norm, final_norm    float32 (H,)
     layers.{i}.qkv           linear (all q heads, k heads, v heads; H), rows of q and k in rotate-half order
     layers.{i}.qkv.bias      float32, where the model has attention biases
+    layers.{i}.q_norm, layers.{i}.k_norm    float32 (head_dim,), where the model normalises the heads of q and k
     layers.{i}.o             linear (H, num_heads * head_dim)
     layers.{i}.gate_up       linear (2 I, H), rows interleaved as `kernels/layout.py` says
     layers.{i}.down          linear (H, I)
-    lm_head                  int8 linear (V, H), absent where it is the embedding (tied)
+    lm_head                  int8 or float16 linear (V, H), absent where it is the embedding (tied)
 
 An INT4 linear is one uint8 tensor of that name in the tiles of `kernels/layout.py`; an INT8 linear (N, K) is
-`name.values` int8 (N, K) and `name.scales` float16 (N, K / group_size). The description says which is which.
+`name.values` int8 (N, K) and `name.scales` float16 (N, K / group_size); a float16 linear is one float16 tensor (N, K).
+The description says which is which.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from nibble.engine.checkpoint.errors import NativeFormatError
 from nibble.engine.model_config import ModelConfig
 from nibble.kernels.layout import GATE_UP_INTERLEAVE, GROUP_SIZES, int4_num_bytes
 
+HEAD_DIM_STEP, MAX_HEAD_DIM = 32, 256  # what attention kernels may have; a backend may have fewer
 FORMAT_VERSION = 1  # part of the conversion cache's key: raise it whenever a file written before would be read wrongly
 
 
@@ -45,6 +48,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     config: ModelConfig
     int4: dict[str, LinearFormat]
     int8: dict[str, LinearFormat]
+    float16: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,10 @@ def config_problem(config: ModelConfig) -> str | None:
             return f"{name} is {getattr(config, name)}"
     if config.num_heads % config.num_kv_heads:
         return f"num_heads {config.num_heads} is not a multiple of num_kv_heads {config.num_kv_heads}"
-    if config.head_dim % 2:
-        return f"head_dim {config.head_dim} is odd"
+    if config.head_dim % HEAD_DIM_STEP or config.head_dim > MAX_HEAD_DIM:
+        return f"head_dim {config.head_dim} is not a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
+    if config.sliding_window is not None and config.sliding_window < 1:
+        return f"sliding_window is {config.sliding_window}"
     if config.intermediate_size % GATE_UP_INTERLEAVE:
         return f"intermediate_size {config.intermediate_size} is not a multiple of {GATE_UP_INTERLEAVE}"
     if not 0 < config.rms_norm_eps < 1:
@@ -101,7 +107,7 @@ def _rope_problem(config: ModelConfig) -> str | None:
     divisors = config.rope.frequency_divisors
     if divisors is not None and len(divisors) != config.head_dim // 2:
         return f"{len(divisors)} rope frequency divisors, expected {config.head_dim // 2}"
-    for number in (config.rope.theta, config.rope.linear_factor, *(divisors or ())):
+    for number in (config.rope.theta, config.rope.linear_factor, config.rope.attention_factor, *(divisors or ())):
         if not (number > 0 and math.isfinite(number)):
             return f"rope has the number {number}, expected finite positive ones"
     return None
@@ -110,34 +116,40 @@ def _rope_problem(config: ModelConfig) -> str | None:
 def _check_linears(description: Description) -> None:
     config = description.config
     num_linears = 4 * config.num_layers + (1 if config.tie_word_embeddings else 2)
-    if len(description.int4) + len(description.int8) != num_linears:  # before a hostile num_layers is unrolled
+    described = (*description.int4, *description.int8, *description.float16)
+    if len(described) != num_linears:  # before a hostile num_layers is unrolled
         raise NativeFormatError(
-            f"{len(description.int4)} INT4 and {len(description.int8)} INT8 linears are described, "
-            f"expected {num_linears} for {config.num_layers} layers"
+            f"{len(described)} linears are described, expected {num_linears} for {config.num_layers} layers"
         )
     sizes = linear_sizes(config)
-    for name in (*description.int4, *description.int8):
+    seen: set[str] = set()
+    for name in described:
         if name not in sizes:
             raise NativeFormatError(f"{name}: the model has no such linear")
-        if name in description.int4 and name in description.int8:
-            raise NativeFormatError(f"{name}: described both as INT4 and as INT8")
-    for name, (out_features, in_features) in sizes.items():
-        linear = description.int4.get(name) or description.int8.get(name)
-        if linear is None:
-            raise NativeFormatError(f"{name}: described neither as INT4 nor as INT8")
-        if (linear.out_features, linear.in_features) != (out_features, in_features):
-            raise NativeFormatError(
-                f"{name}: is {linear.out_features} x {linear.in_features}, expected {out_features} x {in_features}"
-            )
-        if name in description.int4:
-            _check_int4(name, linear)
-        elif linear.group_size < 1 or in_features % linear.group_size:
-            raise NativeFormatError(f"{name}: group size {linear.group_size} does not divide {in_features}")
+        if name in seen:
+            raise NativeFormatError(f"{name}: described twice")
+        seen.add(name)
+    float16 = set(description.float16)
+    for name, size in sizes.items():
+        if name not in float16:
+            _check_quantized(name, size, description)
+
+
+def _check_quantized(name: str, size: tuple[int, int], description: Description) -> None:
+    linear = description.int4.get(name) or description.int8[name]
+    if (linear.out_features, linear.in_features) != size:
+        raise NativeFormatError(
+            f"{name}: is {linear.out_features} x {linear.in_features}, expected {size[0]} x {size[1]}"
+        )
+    if name in description.int4:
+        _check_int4(name, linear)
+    elif linear.group_size < 1 or linear.in_features % linear.group_size:
+        raise NativeFormatError(f"{name}: group size {linear.group_size} does not divide {linear.in_features}")
 
 
 def _check_int4(name: str, linear: LinearFormat) -> None:
     if name in ("embedding", "lm_head"):
-        raise NativeFormatError(f"{name}: must be INT8")
+        raise NativeFormatError(f"{name}: must be INT8 or float16")
     if linear.group_size not in GROUP_SIZES or linear.in_features % linear.group_size:
         raise NativeFormatError(
             f"{name}: INT4 group size {linear.group_size}, expected one of {GROUP_SIZES} that divides "
@@ -148,26 +160,32 @@ def _check_int4(name: str, linear: LinearFormat) -> None:
 def _specs(description: Description) -> Iterator[tuple[str, TensorSpec]]:
     config = description.config
     norm = TensorSpec("F32", (config.hidden_size,))
-    for name in linear_sizes(config):
+    for name, size in linear_sizes(config).items():
         prefix, _, stem = name.rpartition(".")
         if stem == "qkv":
             yield f"{prefix}.attention_norm", norm
         if stem == "gate_up":
             yield f"{prefix}.mlp_norm", norm
-        yield from _linear_specs(name, description)
+        yield from _linear_specs(name, size, description)
         if stem == "qkv" and config.attention_bias:
             yield f"{name}.bias", TensorSpec("F32", (config.qkv_features,))
+        if stem == "qkv" and config.qk_norm:
+            yield f"{prefix}.q_norm", TensorSpec("F32", (config.head_dim,))
+            yield f"{prefix}.k_norm", TensorSpec("F32", (config.head_dim,))
     yield "final_norm", norm
 
 
-def _linear_specs(name: str, description: Description) -> Iterator[tuple[str, TensorSpec]]:
-    if name in description.int4:
-        linear = description.int4[name]
+def _linear_specs(name: str, size: tuple[int, int], description: Description) -> Iterator[tuple[str, TensorSpec]]:
+    linear = description.int4.get(name)
+    if linear is not None:
         yield (
             name,
             TensorSpec("U8", (int4_num_bytes(linear.out_features, linear.in_features, linear.group_size),)),
         )
         return
-    linear = description.int8[name]
+    linear = description.int8.get(name)
+    if linear is None:
+        yield name, TensorSpec("F16", size)
+        return
     yield f"{name}.values", TensorSpec("I8", (linear.out_features, linear.in_features))
     yield f"{name}.scales", TensorSpec("F16", (linear.out_features, linear.in_features // linear.group_size))

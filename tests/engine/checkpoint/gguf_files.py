@@ -13,6 +13,14 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
 CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
+# Of the blocks of K types: where their fp16 scales are, and sane values
+SCALES = {
+    "Q2_K": {80: 1e-3, 82: 1e-3},
+    "Q4_K": {0: 1.1e-4, 2: 7.3e-4},
+    "Q5_K": {0: 1.1e-4, 2: 1.5e-3},
+    "Q6_K": {208: 1e-4},
+}
+
 
 @dataclass(frozen=True)
 class TinyGGUF:
@@ -88,11 +96,13 @@ def _add_tensors(writer: GGUFWriter, spec: TinyGGUF, num_tokens: int) -> None:
 
 
 def add_tensor(writer: GGUFWriter, name: str, weights: npt.NDArray[np.float32], kind: str) -> None:
-    """Quantised by the `gguf` package; Q6_K, which it cannot write, is random blocks with sane scales."""
+    """Quantised by the `gguf` package; the K types, which it cannot write, are random blocks with sane scales."""
     number = GGMLQuantizationType[kind]
-    if kind == "Q6_K":
-        blocks = np.random.default_rng(1).integers(0, 256, (weights.size // 256, 210), dtype=np.uint8)
-        blocks[:, 208:] = np.full((len(blocks), 1), 1e-4, np.float16).view(np.uint8)
+    if kind in SCALES:
+        block_bytes = gguf.GGML_QUANT_SIZES[number][1]
+        blocks = np.random.default_rng(1).integers(0, 256, (weights.size // 256, block_bytes), dtype=np.uint8)
+        for place, scale in SCALES[kind].items():
+            blocks[:, place : place + 2] = np.full((len(blocks), 1), scale, np.float16).view(np.uint8)
         data = blocks.reshape(weights.shape[0], -1)
     else:
         data = gguf.quants.quantize(weights, number)

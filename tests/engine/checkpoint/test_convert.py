@@ -12,16 +12,17 @@ from gguf_files import TinyGGUF, add_tensor, write_tiny_gguf
 from tiny_models import dequantized_linear, load_as_transformers
 from transformers import AutoModelForCausalLM
 
-from nibble.engine.checkpoint.convert import convert_gguf
+from nibble.engine.checkpoint.convert import convert_checkpoint
 from nibble.engine.checkpoint.errors import CheckpointError, ConversionError, UnsupportedModelError
 from nibble.engine.checkpoint.gguf import GGUFFile
 from nibble.engine.checkpoint.native import WEIGHTS_FILE, load_checkpoint
-from nibble.kernels.interface import Int4Weight, Int8Weight
+from nibble.engine.checkpoint.source import open_source
+from nibble.kernels.interface import Float16Weight, Int4Weight, Int8Weight
 
 
 def convert(path: Path, out_dir: Path) -> Path:
     out_dir.mkdir()
-    convert_gguf(path, out_dir, lambda stage, done: None)
+    convert_checkpoint(open_source(path), out_dir, lambda stage, done: None)
     return out_dir
 
 
@@ -38,6 +39,7 @@ LOSSLESS = {
     ),
     "Q8_0, one kv head": TinyGGUF(num_heads=5, num_kv_heads=1, hidden_size=160, kind="Q8_0"),
     "Q4_0 and Q4_1 in one matrix": TinyGGUF(kinds={"token_embd.weight": "Q8_0", "attn_k.weight": "Q4_0"}),
+    "Q5_0": TinyGGUF(kind="Q5_0"),
     "Q8_0 in a 4-bit matrix": TinyGGUF(kind="Q4_0", kinds={"token_embd.weight": "Q8_0", "attn_v.weight": "Q8_0"}),
 }  # fmt: skip
 
@@ -60,15 +62,29 @@ def test_4_bit_matrices_stay_4_bit_and_the_embedding_is_int8(tmp_path: Path) -> 
     assert isinstance(checkpoint.linear("embedding"), Int8Weight)
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q6_K"])
+def only(kind: str) -> TinyGGUF:
+    return TinyGGUF(hidden_size=256, num_heads=8, num_kv_heads=8, intermediate_size=256, kind=kind, kinds={})
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_numbers_that_are_not_quantised_become_fp16(kind: str, tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", only(kind))
+    native = convert(path, tmp_path / "native")
+    file = GGUFFile(path)
+    for name, part in (("embedding", "token_embd"), ("layers.1.down", "blk.1.ffn_down")):
+        assert isinstance(load_checkpoint(native).linear(name), Float16Weight)
+        exact = file.dequantized(f"{part}.weight").astype(np.float16)
+        np.testing.assert_array_equal(dequantized_linear(native, name), exact)
+
+
+@pytest.mark.parametrize("kind", ["Q5_1", "Q5_K", "Q6_K"])
 def test_other_types_are_rounded_to_int8_and_it_is_said(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spec = TinyGGUF(hidden_size=256, num_heads=8, num_kv_heads=8, intermediate_size=256, kind=kind, kinds={})
-    path = write_tiny_gguf(tmp_path / "tiny.gguf", spec)
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", only(kind))
     with caplog.at_level(logging.INFO):
         native = convert(path, tmp_path / "native")
-    assert f"rounded_tensors=15 token_embd.weight:{kind}" in caplog.text
+    assert f"int4_linears=0 int8_linears=9 float16_linears=0 {kind}>int8:9" in caplog.text
     file = GGUFFile(path)
     for name, part in (("embedding", "token_embd"), ("layers.1.down", "blk.1.ffn_down")):
         exact = file.dequantized(f"{part}.weight")
@@ -78,6 +94,21 @@ def test_other_types_are_rounded_to_int8_and_it_is_said(
         # half a step, and the fp16 rounding of the scale (2^-11) times up to 127 steps
         assert (error <= step * (0.5 + 127 * 2**-11) + 1e-12).all()
         assert error.max() > 0
+
+
+def test_q4_k_stays_in_4_bits_within_the_rounding_of_its_scales(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", only("Q4_K"))
+    native = convert(path, tmp_path / "native")
+    assert isinstance(load_checkpoint(native).linear("layers.1.down"), Int4Weight)
+    exact = GGUFFile(path).dequantized("blk.1.ffn_down.weight")
+    groups = np.abs(exact.reshape(exact.shape[0], -1, 32))
+    # scale and minimum are rounded by 2^-11 each; their products with 0..15 cancel in part, so relative to the group
+    spread = np.repeat(
+        np.abs(exact.reshape(groups.shape)).max(axis=2) + np.ptp(exact.reshape(groups.shape), axis=2), 32, 1
+    )
+    error = np.abs(dequantized_linear(native, "layers.1.down") - exact)
+    assert (error <= 7e-4 * spread).all()
+    assert error.max() > 0
 
 
 def test_the_demo_models_weights_are_those_that_transformers_loads(
@@ -108,17 +139,17 @@ def test_biases_are_reordered_with_their_rows(tmp_path: Path) -> None:
         (
             TinyGGUF(hidden_size=48, kind="F16", kinds={}),
             UnsupportedModelError,
-            "tensor token_embd.weight has rows of 48, not a multiple of 32",
+            "tensor model.embed_tokens.weight has rows of 48, not a multiple of 32",
         ),
         (
             TinyGGUF(intermediate_size=104, kind="Q4_0", kinds={"token_embd": "Q8_0", "ffn_down.weight": "F16"}),
             UnsupportedModelError,
-            "tensor blk.0.ffn_down.weight has rows of 104, not a multiple of 32",
+            "tensor model.layers.0.mlp.down_proj.weight has rows of 104, not a multiple of 32",
         ),
         (
-            TinyGGUF(kinds={"token_embd.weight": "Q8_0", "blk.1.attn_output.weight": "Q5_0"}),
+            TinyGGUF(hidden_size=256, kinds={"token_embd.weight": "Q8_0", "blk.1.attn_q.weight": "Q2_K"}),
             UnsupportedModelError,
-            "tensor blk.1.attn_output.weight is Q5_0; supported are F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q6_K",
+            "tensor blk.1.attn_q.weight is Q2_K; supported are F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K",
         ),
     ],
 )
@@ -162,7 +193,7 @@ def test_only_a_part_of_the_model_is_in_memory_at_a_time(tmp_path: Path) -> None
     stages: list[tuple[str, float]] = []
     tracemalloc.start()
     try:
-        convert_gguf(path, tmp_path / "native", lambda stage, done: stages.append((stage, done)))
+        convert_checkpoint(open_source(path), tmp_path / "native", lambda stage, done: stages.append((stage, done)))
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

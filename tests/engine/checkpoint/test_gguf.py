@@ -11,9 +11,10 @@ from gguf_files import TinyGGUF, write_tiny_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibble.engine.checkpoint.convert import convert_gguf
+from nibble.engine.checkpoint.convert import convert_checkpoint
 from nibble.engine.checkpoint.errors import CheckpointError, GGUFError, SourceError, UnsupportedModelError
 from nibble.engine.checkpoint.gguf import GGUFFile
+from nibble.engine.checkpoint.source import open_source
 
 
 def string(text: str | bytes) -> bytes:
@@ -137,8 +138,8 @@ def test_an_empty_a_missing_and_an_unsupported_file_are_refused(
         open_bytes(b"")
     with pytest.raises(SourceError, match="No such file"):
         GGUFFile(tmp_path / "nowhere.gguf")
-    file = open_bytes(gguf_bytes([], [tensor("w", (256,), 12, 0)], bytes(144)))
-    with pytest.raises(UnsupportedModelError, match="tensor w is Q4_K; supported are F32"):
+    file = open_bytes(gguf_bytes([], [tensor("w", (256,), 10, 0)], bytes(84)))
+    with pytest.raises(UnsupportedModelError, match="tensor w is Q2_K; supported are F32"):
         file.dequantized("w")
     with pytest.raises(GGUFError, match="tensor v is missing"):
         file.blocks("v")
@@ -164,7 +165,7 @@ def convert(content: bytes, directory: Path) -> CheckpointError | None:
     path = directory / "mutated.gguf"
     path.write_bytes(content)
     try:
-        convert_gguf(path, directory, lambda stage, done: None)
+        convert_checkpoint(open_source(path), directory, lambda stage, done: None)
     except CheckpointError as error:
         return error
     return None

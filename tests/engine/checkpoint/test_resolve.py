@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from gguf_files import TinyGGUF, write_tiny_gguf
+from hf_models import random_hf_model, save_hf_model
 
-from nibble.engine.checkpoint.errors import CheckpointError, ConversionError, NativeFormatError, SourceError
+from nibble.engine.checkpoint.errors import CheckpointError, ConversionError, SafetensorsError, SourceError
 from nibble.engine.checkpoint.native import WEIGHTS_FILE, load_checkpoint
 from nibble.engine.checkpoint.resolve import FILES, resolve_checkpoint
 
@@ -49,6 +50,16 @@ def test_a_file_is_converted_once_and_its_directory_resolves_to_itself(source: P
     assert load_checkpoint(directory).config.hidden_size == 64
     assert resolve_checkpoint(source, cache, never) == directory
     assert resolve_checkpoint(directory, cache, never) == directory
+
+
+def test_a_hugging_face_directory_is_converted_once(tmp_path: Path, cache: Path) -> None:
+    source = save_hf_model(random_hf_model("llama"), tmp_path / "author" / "some-model")
+    directory = resolve_checkpoint(source, cache, quiet)
+    assert directory.name.startswith("some-model-")
+    assert load_checkpoint(directory).config.hidden_size == 128
+    assert resolve_checkpoint(source, cache, never) == directory
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert load_checkpoint(resolve_checkpoint(source, cache, quiet)).config.eos_token_ids == (2, 7)
 
 
 def test_a_changed_file_is_converted_anew(source: Path, cache: Path) -> None:
@@ -143,7 +154,7 @@ def test_a_damaged_conversion_is_made_again(
     assert resolve_checkpoint(source, cache, never) == directory
 
 
-def hugging_face(directory: Path) -> None:
+def weights_alone(directory: Path) -> None:
     directory.mkdir()
     safetensors.numpy.save_file({"w": np.zeros(3, np.float32)}, directory / WEIGHTS_FILE)
 
@@ -172,11 +183,11 @@ def unreadable(path: Path) -> None:
     ("make", "error", "message"),
     [
         (lambda path: None, SourceError, "source: there is no such file or directory"),
-        (lambda path: path.mkdir(), SourceError, "source: holds no model; supported are a GGUF file and a directory"),
-        (hugging_face, SourceError, "source: Hugging Face checkpoints are not supported yet; supported are a GGUF"),
+        (lambda path: path.mkdir(), SourceError, "source: holds no model; supported are a GGUF file, a Hugging Face"),
+        (weights_alone, SourceError, "source: holds no model; supported are a GGUF file, a Hugging Face directory and"),
         (with_gguf, SourceError, "is a directory; name the GGUF file in it, such as "),
         (native_without_tokenizer, SourceError, "source: tokenizer_config.json is missing"),
-        (native_cut_short, NativeFormatError, "model.safetensors: tensor "),
+        (native_cut_short, SafetensorsError, "model.safetensors: tensor "),
         (lambda path: path.write_text("hello"), SourceError, "source: is not a GGUF file; supported are a GGUF file"),
         (unreadable, SourceError, "source: there is no such file or directory"),
     ],

@@ -13,7 +13,7 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nibble.engine.checkpoint.errors import ConversionError, NativeFormatError
+from nibble.engine.checkpoint.errors import ConversionError, SafetensorsError
 from nibble.engine.checkpoint.safetensors_file import SafetensorsFile, read_metadata, write_safetensors
 from nibble.engine.checkpoint.schema import TensorSpec
 
@@ -103,8 +103,9 @@ MALFORMED = {
     "not an object": (raw_file([1, 2]), "not valid JSON"),
     "not UTF-8": (raw_file(b'{"\xff": 1}'), "not valid JSON"),
     "metadata": (raw_file({"__metadata__": {"a": 1}}), "__metadata__: "),
-    "misaligned data": (struct.pack("<Q", 2) + b"{}", "begins at byte 10, no multiple of 64"),
-    "dtype": (raw_file(entry("BF16")), "tensor w: dtype BF16, expected one of F32"),
+    "dtype": (raw_file(entry("F8_E4M3")), "tensor w: dtype F8_E4M3, expected one of F32"),
+    "overlap": (raw_file(entry() | {"v": entry(start=8, end=24)["w"]}), "tensor v: its data overlaps that of w"),
+    "deep": (raw_file(b'{"a":' + b"[" * 100_000), "not valid JSON"),
     "past the end": (raw_file(entry(shape=[40], end=160)), "tensor w: bytes 0 to 160 are not within the 64"),
     "backwards": (raw_file(entry(start=16, end=0)), "tensor w: bytes 16 to 0"),
     "before the start": (raw_file(entry(start=-16, end=0)), "tensor w: bytes -16 to 0"),
@@ -121,7 +122,7 @@ def test_a_malformed_file_is_refused_saying_where(name: str, tmp_path: Path) -> 
     content, message = MALFORMED[name]
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(NativeFormatError) as caught:
+    with pytest.raises(SafetensorsError) as caught:
         SafetensorsFile(path)
     assert message in str(caught.value)
     assert "x.safetensors: " in str(caught.value)
@@ -140,7 +141,7 @@ def test_damaged_files_give_arrays_or_an_error(
     path.write_bytes(content[: len(content) - cut if cut < 100 else None])
     try:
         file = SafetensorsFile(path)
-    except NativeFormatError:
+    except SafetensorsError:
         return
     for name, spec in file.specs.items():
         if 0 not in spec.shape:

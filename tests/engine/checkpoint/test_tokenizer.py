@@ -18,9 +18,10 @@ from gguf_files import CHAT_TEMPLATE, TinyGGUF, write_tiny_gguf
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nibble.engine.checkpoint.convert import convert_gguf
+from nibble.engine.checkpoint.convert import convert_checkpoint
 from nibble.engine.checkpoint.errors import CheckpointError, GGUFError, UnsupportedModelError
 from nibble.engine.checkpoint.gguf import GGUFFile
+from nibble.engine.checkpoint.source import open_source
 from nibble.engine.checkpoint.tokenizer import read_tokenizer
 
 CORPUS = [
@@ -77,7 +78,7 @@ def assert_same(ours: Tokenizer, theirs: Tokenizer) -> None:
 
 
 def native_tokenizer(path: Path, directory: Path) -> Tokenizer:
-    convert_gguf(path, directory, lambda stage, done: None)
+    convert_checkpoint(open_source(path), directory, lambda stage, done: None)
     return Tokenizer.from_file(str(directory / "tokenizer.json"))
 
 
@@ -123,7 +124,7 @@ def test_the_directory_loads_as_a_transformers_tokenizer(
         directory = tmp_path / "native"
         directory.mkdir()
         path = write_tiny_gguf(tmp_path / "tiny.gguf", TinyGGUF(sentencepiece=source == "sentencepiece"))
-        convert_gguf(path, directory, lambda stage, done: None)
+        convert_checkpoint(open_source(path), directory, lambda stage, done: None)
     loaded = AutoTokenizer.from_pretrained(directory)
     ours = Tokenizer.from_file(str(directory / "tokenizer.json"))
     for text in CORPUS:
@@ -146,7 +147,7 @@ def test_config_json_describes_the_model(tmp_path: Path) -> None:
         writer.add_rope_scaling_factor(4.0)
 
     path = write_tiny_gguf(tmp_path / "tiny.gguf", TinyGGUF(edit=edit))
-    convert_gguf(path, tmp_path, lambda stage, done: None)
+    convert_checkpoint(open_source(path), tmp_path, lambda stage, done: None)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["rope_parameters"] == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     assert (config["model_type"], config["max_position_embeddings"], config["head_dim"]) == ("llama", 256, 32)

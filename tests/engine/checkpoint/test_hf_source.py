@@ -1,0 +1,142 @@
+"""Hugging Face directories against what `transformers` itself has in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hf_models import random_hf_model, save_hf_model
+
+from nibble.engine.checkpoint.errors import CheckpointError, ConversionError, SourceError, UnsupportedModelError
+from nibble.engine.checkpoint.source import floating_tensors, open_source
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "100KB"}], ids=["one file", "shards"])
+def test_every_tensor_has_the_numbers_of_the_model(tmp_path: Path, dtype: str, options: dict[str, Any]) -> None:
+    model = random_hf_model("qwen2")
+    save_hf_model(model, tmp_path, dtype, **options)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == bool(options)
+    state = {name: tensor.to(getattr(torch, dtype)).float().numpy() for name, tensor in model.state_dict().items()}
+    ours = dict(floating_tensors(open_source(tmp_path)))
+    assert set(ours) == set(state)
+    for name, values in ours.items():
+        np.testing.assert_array_equal(values, state[name], err_msg=name)
+
+
+def test_some_rows_of_a_matrix_can_be_read(tmp_path: Path) -> None:
+    model = random_hf_model("llama")
+    source = open_source(save_hf_model(model, tmp_path))
+    name = "model.layers.1.mlp.down_proj.weight"
+    np.testing.assert_array_equal(source.floats(name, slice(3, 5)), model.state_dict()[name][3:5].numpy())
+
+
+def edit_json(name: str, edit: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        values = json.loads((directory / name).read_text())
+        edit(values)
+        (directory / name).write_text(json.dumps(values))
+
+    return apply
+
+
+def set_option(**values: Any) -> Callable[[Path], None]:
+    return edit_json("config.json", lambda config: config.update(values))
+
+
+def edit_tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def apply(directory: Path) -> None:
+        path = directory / "model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        edit(tensors)
+        safetensors.torch.save_file(tensors, path)
+
+    return apply
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (set_option(model_type="gemma"), UnsupportedModelError, "model_type 'gemma' is not supported, only llama, mi"),
+        (set_option(model_type=7), SourceError, "model_type is '7', expected a string"),
+        (set_option(hidden_act="gelu"), UnsupportedModelError, "option hidden_act is not supported (got 'gelu')"),
+        (set_option(attention_bias=True), UnsupportedModelError, "option attention_bias is not supported (got 'True')"),
+        (set_option(auto_map={"AutoModel": "x.Y"}), UnsupportedModelError, "option auto_map is not supported"),
+        (set_option(hidden_size=None), SourceError, "config.json: hidden_size is missing"),
+        (set_option(hidden_size=-1), SourceError, "hidden_size is '-1', expected a positive number below 2^31"),
+        (set_option(num_hidden_layers=3), SourceError, "tensor model.layers.2.input_layernorm.weight is missing"),
+        (set_option(vocab_size=301), SourceError, "embed_tokens.weight has shape [300, 128], expected [301, 128]"),
+        (set_option(eos_token_id="x"), SourceError, "eos_token_id is 'x', expected a token id or a list of them"),
+        (
+            set_option(rope_parameters={"rope_type": "longrope"}),
+            UnsupportedModelError,
+            "rope_parameters: rope_type 'longrope' is not supported",
+        ),
+        (
+            set_option(rope_parameters={"rope_type": "linear"}),
+            SourceError,
+            "config.json: rope_parameters: factor is missing",
+        ),
+        (
+            set_option(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+            UnsupportedModelError,
+            "partial_rotary_factor is not supported",
+        ),
+        (edit_tensors(lambda t: t.pop(DOWN)), SourceError, f"tensor {DOWN} is missing"),
+        (
+            edit_tensors(lambda t: t.update({DOWN: t[DOWN].to(torch.int8)})),
+            UnsupportedModelError,
+            f"tensor {DOWN} is I8; supported are F32, F16, BF16",
+        ),
+        (
+            edit_tensors(lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.zeros(4)})),
+            UnsupportedModelError,
+            "tensor model.layers.0.mlp.up_proj.bias belongs to a feature that is not supported",
+        ),
+        (lambda path: (path / "tokenizer.json").unlink(), SourceError, "tokenizer.json is missing"),
+        (lambda path: (path / "config.json").write_text("[" * 10**5), SourceError, "is not a JSON object"),
+        (
+            lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
+            SourceError,
+            "pytorch_model.bin is a pickle, which is never opened",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    tmp_path: Path, damage: Callable[[Path], None], error: type[CheckpointError], message: str
+) -> None:
+    damage(save_hf_model(random_hf_model("llama"), tmp_path))
+    with pytest.raises(error) as caught:
+        open_source(tmp_path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "nowhere.safetensors", ""])
+def test_an_index_names_files_beside_it_alone(tmp_path: Path, name: str) -> None:
+    save_hf_model(random_hf_model("llama"), tmp_path / "model")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    index = {"weight_map": {DOWN: name}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SourceError, match=r"names .*, which is not a file beside it"):
+        open_source(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(float("nan"), "infinite or NaN"), (7e4, "weights beyond fp16's 65504")]
+)
+def test_weights_that_are_no_fp16_numbers_are_refused_by_name(tmp_path: Path, value: float, message: str) -> None:
+    save_hf_model(random_hf_model("llama"), tmp_path, "bfloat16")
+    edit_tensors(lambda t: t[DOWN].view(-1)[5:6].fill_(value))(tmp_path)
+    with pytest.raises(ConversionError, match=rf"tensor {DOWN} has .*{message}"):
+        open_source(tmp_path).rows(DOWN)
