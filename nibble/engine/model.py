@@ -36,11 +36,14 @@ class Linear:
 
     weight: Weight
     bias: Array | None = None
+    order: Array | None = None  # int32 (in_features,): the weight's columns, where it has them in another order
 
     def __call__(
         self, kernels: Kernels, x: Array, mode: Mode, residual: Array | None = None, gated: bool = False
     ) -> Array:
         """As `Kernels.int4_linear`: x (T, in_features) -> (T, out_features), or added into `residual`, or gated."""
+        if self.order is not None:
+            x = kernels.permute_columns(x, self.order)
         if isinstance(self.weight, Int4Weight):
             return kernels.int4_linear(x, self.weight, self.bias, residual, mode=mode, gated=gated)
         if isinstance(self.weight, Int8Weight):
@@ -166,7 +169,7 @@ class _Loader:
         )
 
     def _linear(self, name: str) -> Linear:
-        return Linear(self._weight(name), self._optional(f"{name}.bias"))
+        return Linear(self._weight(name), self._optional(f"{name}.bias"), self._optional(f"{name}.order"))
 
     def _optional(self, name: str) -> Array | None:
         return self.array(name) if self.checkpoint.has(name) else None

@@ -299,5 +299,8 @@ class Kernels(SamplingKernels, Protocol):
         """silu(gate) * up. gate_up (T, 2 * I) with gate and up interleaved as `layout.GATE_UP_INTERLEAVE` says
         -> new (T, I)."""
 
+    def permute_columns(self, x: Array, order: Array) -> Array:
+        """x[:, order]: x (T, K), order int32 (K,) -> new (T, K)."""
+
     def gather_rows(self, x: Array, rows: Array) -> Array:
         """x[rows]: x (T, H), rows int32 (S,) -> new (S, H)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from nibble.engine.checkpoint.errors import ConversionError, UnsupportedModelError
 from nibble.engine.checkpoint.hf_config import write_hf_config
 from nibble.engine.checkpoint.native import write_checkpoint
-from nibble.engine.checkpoint.row_formats import GROUP_SIZE, common_format, to_format
+from nibble.engine.checkpoint.row_formats import GROUP_SIZE, common_format, round_to_int8, to_format
 from nibble.engine.checkpoint.schema import LinearFormat, linear_sizes
 from nibble.engine.checkpoint.source import Float16Rows, Int4Rows, RowFormat, Rows, Source
 from nibble.kernels.pack import interleave_gate_up, pack_int4
@@ -33,17 +33,25 @@ _PARTS = {
     "down": ("mlp.down_proj",),
 }
 
+_INT8 = RowFormat("int8", GROUP_SIZE)
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """A native linear and the tensors of the source whose rows it is made of."""
+    """A native linear and the tensors of the source whose rows it is made of.
+
+    order: as `Source.column_order`, the same for all parts. is_reread: made of `Source.floats`, because parts have
+    orders of their own, or the linear must have none.
+    """
 
     name: str
     parts: tuple[str, ...]
     size: tuple[int, int]
     format: RowFormat
+    order: npt.NDArray[np.int32] | None = None
+    is_reread: bool = False
 
 
 def convert_checkpoint(source: Source, out_dir: Path, progress: Progress) -> None:
@@ -65,29 +73,38 @@ def convert_checkpoint(source: Source, out_dir: Path, progress: Progress) -> Non
         int4={linear.name: formats[linear.name] for linear in linears if linear.format.kind == "int4"},
         int8={linear.name: formats[linear.name] for linear in linears if linear.format.kind == "int8"},
         float16=[linear.name for linear in linears if linear.format.kind == "float16"],
+        ordered=[linear.name for linear in linears if linear.order is not None],
     )
     _log_summary(source, linears)
 
 
 def _plan(source: Source) -> list[_Linear]:
-    linears = []
-    for name, size in linear_sizes(source.config).items():
-        parts = _parts_of(name)
-        for part in parts:
-            if size[1] % GROUP_SIZE:
-                raise UnsupportedModelError(
-                    f"{source.label}: tensor {part} has rows of {size[1]}, not a multiple of {GROUP_SIZE}"
-                )
-        linears.append(_Linear(name, parts, size, common_format([source.format(part) for part in parts])))
-    is_quantized = any(linear.format.kind != "float16" for linear in linears)
+    linears = [_plan_linear(source, name, size) for name, size in linear_sizes(source.config).items()]
+    if all(linear.format.kind == "float16" for linear in linears):
+        return linears
     head = "embedding" if source.config.tie_word_embeddings else "lm_head"
-    return [
-        _Linear(linear.name, linear.parts, linear.size, RowFormat("int8", GROUP_SIZE))
-        if (linear.format.kind == "int4" and linear.name in ("embedding", "lm_head"))
-        or (is_quantized and linear.name == head)
-        else linear
-        for linear in linears
-    ]  # fmt: skip
+    return [replace(linear, format=_INT8) if linear.name == head else linear for linear in linears]
+
+
+def _plan_linear(source: Source, name: str, size: tuple[int, int]) -> _Linear:
+    parts = _parts_of(name)
+    for part in parts:
+        if size[1] % GROUP_SIZE:
+            raise UnsupportedModelError(
+                f"{source.label}: tensor {part} has rows of {size[1]}, not a multiple of {GROUP_SIZE}"
+            )
+    form = common_format([source.format(part) for part in parts])
+    is_table = name in ("embedding", "lm_head")
+    if is_table and form.kind == "int4":
+        form = _INT8
+    order, *others = (source.column_order(part) for part in parts)
+    if not all(_is_same(order, other) for other in others) or (is_table and order is not None):
+        return _Linear(name, parts, size, _INT8, is_reread=True)
+    return _Linear(name, parts, size, form, order)
+
+
+def _is_same(order: npt.NDArray[np.int32] | None, other: npt.NDArray[np.int32] | None) -> bool:
+    return order is other is None or (order is not None and other is not None and np.array_equal(order, other))
 
 
 def _parts_of(name: str) -> tuple[str, ...]:
@@ -124,7 +141,8 @@ def _arrays(source: Source, linears: list[_Linear], progress: Progress) -> Itera
 
 
 def _linear_arrays(source: Source, linear: _Linear) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    rows = _joined([_read(source, part, linear.format) for part in linear.parts], linear.name.endswith("gate_up"))
+    read = _reread if linear.is_reread else _read
+    rows = _joined([read(source, part, linear.format) for part in linear.parts], linear.name.endswith("gate_up"))
     if isinstance(rows, Int4Rows):
         yield linear.name, pack_int4(*rows)
     elif isinstance(rows, Float16Rows):
@@ -132,6 +150,8 @@ def _linear_arrays(source: Source, linear: _Linear) -> Iterator[tuple[str, npt.N
     else:
         yield f"{linear.name}.values", rows.values
         yield f"{linear.name}.scales", rows.scales
+    if linear.order is not None:
+        yield f"{linear.name}.order", linear.order
 
 
 def _read(source: Source, part: str, target: RowFormat) -> Rows:
@@ -139,6 +159,11 @@ def _read(source: Source, part: str, target: RowFormat) -> Rows:
     if not all(np.isfinite(array).all() for array in rows[1:]):
         raise ConversionError(f"{source.label}: tensor {part} has weights that are infinite, NaN or beyond fp16")
     return rows
+
+
+def _reread(source: Source, part: str, target: RowFormat) -> Rows:
+    assert target == _INT8, "what is read as floats becomes INT8"
+    return round_to_int8(source.floats(part))
 
 
 def _joined(parts: list[Rows], interleaved: bool) -> Rows:

@@ -45,6 +45,9 @@ class GGUFSource:
         rows, order = read_rows(self._file, gguf_name(name)), self._row_order(name)
         return rows if order is None else select_rows(rows, order)
 
+    def column_order(self, name: str) -> None:
+        return None
+
     def stored_type(self, name: str) -> str:
         return self._file.tensor(gguf_name(name)).kind.name
 

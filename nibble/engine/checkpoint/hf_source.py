@@ -1,11 +1,11 @@
 """A Hugging Face directory: config.json, safetensors (one file or shards), tokenizer.json and its companions.
 
-Weights in floating point; how quantised ones are packed is `hf_quantized.py`'s. Pickled weights (pytorch_model.bin) are
-never opened.
+How quantised linears are packed is `packed_int4.py`'s. Pickled weights (pytorch_model.bin) are never opened.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,155 +13,168 @@ import numpy as np
 import numpy.typing as npt
 
 from nibble.engine.checkpoint.errors import ConversionError, SourceError, UnsupportedModelError
-from nibble.engine.checkpoint.hf_config import write_file, write_json
-from nibble.engine.checkpoint.hf_metadata import read_hf_config, read_json
-from nibble.engine.checkpoint.safetensors_file import SafetensorsFile
-from nibble.engine.checkpoint.schema import TensorSpec
-from nibble.engine.checkpoint.source import Float16Rows, Floats, RowFormat, Rows, layer_shapes, tensor_shapes
+from nibble.engine.checkpoint.hf_metadata import read_hf_config
+from nibble.engine.checkpoint.hf_tokenizer import write_hf_tokenizer
+from nibble.engine.checkpoint.packed_int4 import (
+    PER_WORD,
+    Packing,
+    Tensor,
+    column_order,
+    native_group_size,
+    num_groups,
+    to_int4,
+)
+from nibble.engine.checkpoint.quantization_config import read_packing
+from nibble.engine.checkpoint.row_formats import chunks_of, dequantize_rows
+from nibble.engine.checkpoint.shards import Shards
+from nibble.engine.checkpoint.source import (
+    Float16Rows,
+    Floats,
+    RowFormat,
+    Rows,
+    layer_shapes,
+    select_rows,
+    tensor_shapes,
+)
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 _IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".masked_bias")  # buffers that old versions of transformers saved
 
 
-class Shards:
-    """The tensors of one or several safetensors files by name."""
-
-    def __init__(self, directory: Path) -> None:
-        """Raises SourceError, or SafetensorsError for a malformed file."""
-        self.label = directory.name
-        self._files: dict[str, SafetensorsFile] = {}
-        for path in _weight_files(directory):
-            file = SafetensorsFile(path)
-            for name in file.specs:
-                if name in self._files:
-                    raise SourceError(f"{path}: tensor {name[:100]} is in another file too")
-                self._files[name] = file
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._files)
-
-    def spec(self, name: str) -> TensorSpec:
-        """Raises SourceError where there is no such tensor."""
-        try:
-            return self._files[name].specs[name]
-        except KeyError:
-            raise SourceError(f"{self.label}: tensor {name} is missing") from None
-
-    def array(self, name: str) -> npt.NDArray[Any]:
-        """A read-only view, of BF16 the bits."""
-        self.spec(name)
-        return self._files[name].array(name)
-
-    def floats(self, name: str, rows: slice = slice(None)) -> Floats:
-        """As new float32. Raises ConversionError for numbers that are not finite."""
-        stored = self.array(name)[rows if len(self.spec(name).shape) > 1 else ...]
-        if self.spec(name).dtype == "BF16":
-            values = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        else:
-            values = stored.astype(np.float32)
-        if not np.isfinite(values).all():
-            raise ConversionError(f"{self.label}: tensor {name} has numbers that are infinite or NaN")
-        return values
-
-
 class HuggingFaceSource:
-    """`Source` of a directory with weights in floating point."""
+    """`Source` of a directory."""
 
     def __init__(self, directory: Path) -> None:
         """Raises SourceError for what is missing or contradictory, UnsupportedModelError, SafetensorsError."""
         self._directory = directory
         self.label = directory.name
         self.config = read_hf_config(directory)
+        self._packing = read_packing(directory)
         if not (directory / "tokenizer.json").is_file():
             raise SourceError(f"{directory}: tokenizer.json is missing (tokenizer.model alone is not supported)")
         self._shards = Shards(directory)
-        self._check_tensors()
+        self._shapes = self._checked_shapes()
 
     def floats(self, name: str, rows: slice = slice(None)) -> Floats:
-        return self._shards.floats(name, rows)
+        packing = self._packing_of(name)
+        if packing is None:
+            return self._shards.floats(name, rows)
+        values = dequantize_rows(select_rows(self.rows(name), rows))
+        order = self.column_order(name)
+        return values if order is None else values[:, np.argsort(order)]
 
     def format(self, name: str) -> RowFormat:
-        return RowFormat("float16")
+        packing = self._packing_of(name)
+        if packing is None:
+            return RowFormat("float16")
+        group_size = native_group_size(self._shapes[name][1], packing.group_size)
+        assert group_size is not None, f"{name} was checked to have groups"
+        return RowFormat("int4", group_size)
 
     def rows(self, name: str) -> Rows:
-        return Float16Rows(self._float16(name))
+        packing = self._packing_of(name)
+        if packing is None:
+            return Float16Rows(self._float16(name))
+        return to_int4(packing.unpack(self._reader(name)), self.column_order(name), self.format(name).group_size)
+
+    def column_order(self, name: str) -> npt.NDArray[np.int32] | None:
+        packing = self._packing_of(name)
+        if packing is None or not self._shards.has(_sibling(name, packing.groups)):
+            return None
+        groups = _sibling(name, packing.groups)
+        try:
+            return column_order(self._shards.array(groups), num_groups(self._shapes[name][1], packing.group_size))
+        except ValueError as error:
+            raise SourceError(f"{self.label}: tensor {groups} {error}") from None
 
     def stored_type(self, name: str) -> str:
-        return self._shards.spec(name).dtype
+        packing = self._packing_of(name)
+        return self._shards.spec(name).dtype if packing is None else type(packing).__name__
 
     def stored_bytes(self, name: str) -> int:
-        return int(self._shards.array(name).nbytes)
+        packing = self._packing_of(name)
+        return int(self._shards.array(name if packing is None else _sibling(name, packing.marker)).nbytes)
 
     def write_tokenizer(self, directory: Path) -> None:
         write_hf_tokenizer(self._directory, directory)
 
+    def _packing_of(self, name: str) -> Packing | None:
+        if self._packing is not None and self._shards.has(_sibling(name, self._packing.marker)):
+            return self._packing
+        return None
+
+    def _reader(self, name: str) -> Callable[[str], npt.NDArray[Any]]:
+        def get(suffix: str) -> npt.NDArray[Any]:
+            sibling = _sibling(name, suffix)
+            is_float = self._shards.spec(sibling).dtype in FLOAT_DTYPES
+            return self._shards.floats(sibling) if is_float else self._shards.array(sibling)
+
+        return get
+
     def _float16(self, name: str) -> npt.NDArray[np.float16]:
         """Chunk by chunk: the embedding of a small model is most of it."""
-        num_rows, num_columns = self._shards.spec(name).shape
-        values = np.empty((num_rows, num_columns), np.float16)
-        step = max(1, (1 << 24) // num_columns)
-        for start in range(0, num_rows, step):
-            rows = slice(start, start + step)
+        values = np.empty(self._shards.spec(name).shape, np.float16)
+        for chunk in chunks_of(*values.shape):
             with np.errstate(over="ignore"):
-                values[rows] = self._shards.floats(name, rows)
-            if not np.isfinite(values[rows]).all():
+                values[chunk] = self._shards.floats(name, chunk)
+            if not np.isfinite(values[chunk]).all():
                 raise ConversionError(f"{self.label}: tensor {name} has weights beyond fp16's 65504")
         return values
 
-    def _check_tensors(self) -> None:
+    def _checked_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What the model's tensors are, all of which and no others are there."""
         for name in layer_shapes(self.config):  # before a hostile number of layers is unrolled
-            self._shards.spec(f"model.layers.{self.config.num_layers - 1}.{name}")
-        expected = tensor_shapes(self.config)
-        for name, shape in expected.items():
-            spec = self._shards.spec(name)
-            if spec.shape != shape:
-                raise SourceError(f"{self.label}: tensor {name} has shape {list(spec.shape)}, expected {list(shape)}")
-            if spec.dtype not in FLOAT_DTYPES:
-                raise UnsupportedModelError(
-                    f"{self.label}: tensor {name} is {spec.dtype}; supported are {', '.join(FLOAT_DTYPES)}"
-                )
+            name = f"model.layers.{self.config.num_layers - 1}.{name}"
+            if self._packing_of(name) is None:
+                self._shards.spec(name)
+        shapes, expected = tensor_shapes(self.config), set()
+        for name, shape in shapes.items():
+            expected |= self._check_packed(name, shape) if self._packing_of(name) else self._check_float(name, shape)
         for name in self._shards.names:
-            is_tied_head = name == "lm_head.weight"  # saved though it is the embedding
-            if name not in expected and not is_tied_head and not name.endswith(_IGNORED_ENDINGS):
+            if name not in expected and not self._is_void(name):
                 raise UnsupportedModelError(f"{self.label}: tensor {name} belongs to a feature that is not supported")
+        return shapes
+
+    def _check_float(self, name: str, shape: tuple[int, ...]) -> set[str]:
+        self._check_spec(name, Tensor(FLOAT_DTYPES, shape))
+        return {name}
+
+    def _check_packed(self, name: str, shape: tuple[int, ...]) -> set[str]:
+        """-> the names of what it is made of."""
+        packing = self._packing_of(name)
+        assert packing is not None, f"{name} is packed"
+        num_rows, num_columns = shape
+        if num_rows % PER_WORD or native_group_size(num_columns, packing.group_size) is None:
+            raise UnsupportedModelError(
+                f"{self.label}: tensor {_sibling(name, packing.marker)}: a linear of {num_rows} x {num_columns} with "
+                f"groups of {packing.group_size} is not supported, only groups of a multiple of 32 that divide it"
+            )
+        parts = {_sibling(name, suffix): tensor for suffix, tensor in packing.tensors(*shape).items()}
+        groups = _sibling(name, packing.groups)
+        if self._shards.has(groups):
+            parts[groups] = Tensor(("I32",), (num_columns,))
+        for part, tensor in parts.items():
+            self._check_spec(part, tensor)
+        return set(parts)
+
+    def _check_spec(self, name: str, expected: Tensor) -> None:
+        spec = self._shards.spec(name)
+        if spec.shape != expected.shape:
+            raise SourceError(
+                f"{self.label}: tensor {name} has shape {list(spec.shape)}, expected {list(expected.shape)}"
+            )
+        if spec.dtype not in expected.dtypes:
+            raise UnsupportedModelError(
+                f"{self.label}: tensor {name} is {spec.dtype}; supported are {', '.join(expected.dtypes)}"
+            )
+
+    def _is_void(self, name: str) -> bool:
+        """Whether a tensor that the model has no use for changes nothing."""
+        if name == "lm_head.weight" or name.endswith(_IGNORED_ENDINGS):  # of a tied model, the embedding once more
+            return True
+        # Quantisers write biases where the model has none.
+        return self._packing is not None and name.endswith(".bias") and not self._shards.array(name).any()
 
 
-def is_hf_directory(directory: Path) -> bool:
-    """Whether it looks like a Hugging Face model, weights or not."""
-    return (directory / "config.json").is_file()
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """Those that the index names, or the only one."""
-    index = directory / INDEX_FILE
-    if not index.is_file():
-        if (directory / SINGLE_FILE).is_file():
-            return [directory / SINGLE_FILE]
-        pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern)]
-        reason = f"; {pickled[0]} is a pickle, which is never opened: convert it to safetensors" if pickled else ""
-        raise SourceError(f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{reason}")
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise SourceError(f"{index}: weight_map is not an object of file names")
-    files = sorted(set(names.values()))
-    for name in files:
-        if Path(name).name != name or not (directory / name).is_file():
-            raise SourceError(f"{index}: names {name[:100]!r}, which is not a file beside it")
-    return [directory / name for name in files]
-
-
-def write_hf_tokenizer(source: Path, target: Path) -> None:
-    """tokenizer.json as it is; the chat template, wherever it is kept, goes into tokenizer_config.json."""
-    config = source / "tokenizer_config.json"
-    values = read_json(config) if config.is_file() else {}
-    template = source / "chat_template.jinja"
-    if template.is_file():
-        values["chat_template"] = template.read_text(encoding="utf-8")
-    elif (source / "chat_template.json").is_file():
-        values["chat_template"] = read_json(source / "chat_template.json").get("chat_template")
-    read_json(source / "tokenizer.json")  # damaged ones are refused here, not by every gateway
-    write_file(target / "tokenizer.json", (source / "tokenizer.json").read_bytes())
-    write_json(target / "tokenizer_config.json", values)
+def _sibling(name: str, suffix: str) -> str:
+    return name.removesuffix("weight") + suffix

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import numpy.typing as npt
 
 from nibble.engine.checkpoint.errors import NativeFormatError
@@ -71,6 +72,10 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     for name in file.specs:
         if name not in expected:
             raise NativeFormatError(f"{path}: tensor {name} is not part of this model")
+    for name in description.ordered:  # kernels read where it says
+        order = file.array(f"{name}.order")
+        if not np.array_equal(np.sort(order), np.arange(len(order))):
+            raise NativeFormatError(f"{path}: tensor {name}.order is not an order of {len(order)} columns")
     return Checkpoint(description, file)
 
 
@@ -82,6 +87,7 @@ def write_checkpoint(
     int4: Mapping[str, LinearFormat],
     int8: Mapping[str, LinearFormat],
     float16: Iterable[str] = (),
+    ordered: Iterable[str] = (),
 ) -> None:
     """Write `model.safetensors` into an existing directory. `arrays` yields each tensor once, in any order.
 
@@ -89,7 +95,12 @@ def write_checkpoint(
     other, ConversionError where the disk does not hold the file.
     """
     description = Description(
-        format_version=FORMAT_VERSION, config=config, int4=dict(int4), int8=dict(int8), float16=tuple(float16)
+        format_version=FORMAT_VERSION,
+        config=config,
+        int4=dict(int4),
+        int8=dict(int8),
+        float16=tuple(float16),
+        ordered=tuple(ordered),
     )
     metadata = {"format": "nibble", METADATA_KEY: msgspec.json.encode(description).decode()}
     write_safetensors(directory / WEIGHTS_FILE, tensor_specs(description), metadata, arrays)

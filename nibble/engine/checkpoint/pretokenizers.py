@@ -24,15 +24,17 @@ _TEKKEN = _CASED_LETTERS + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _WHITESPACE
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One way of cutting, with the two settings that llama.cpp ties to it.
+    """One way of cutting, with what else goes by its name.
 
     ignore_merges: a word that is a token as a whole is that token, whatever the merges say.
     adds_bos: what holds for files that do not say whether a begin-of-sequence token is added.
+    normalizer: what is done to the text before; llama.cpp does nothing, the models' own tokenizers do.
     """
 
     json: dict[str, Any]
     ignore_merges: bool = False
     adds_bos: bool = False
+    normalizer: dict[str, Any] | None = None
 
 
 def _byte_level(use_regex: bool) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def _split(pattern: str) -> dict[str, Any]:
 _GPT2 = PreTokenizer(_byte_level(use_regex=True))
 _SINGLE_DIGITS = PreTokenizer(_sequence({"type": "Digits", "individual_digits": True}, _byte_level(use_regex=True)))
 _LLAMA3_PRE_TOKENIZER = PreTokenizer(_split(_LLAMA3), ignore_merges=True, adds_bos=True)
-_QWEN2_PRE_TOKENIZER = PreTokenizer(_split(_QWEN2))
+_QWEN2_PRE_TOKENIZER = PreTokenizer(_split(_QWEN2), normalizer={"type": "NFC"})
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "default": _GPT2,
@@ -66,6 +68,6 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "falcon3": _LLAMA3_PRE_TOKENIZER,
     "smaug-bpe": PreTokenizer(_split(_LLAMA3)),
     "qwen2": _QWEN2_PRE_TOKENIZER,
-    "deepseek-r1-qwen": _QWEN2_PRE_TOKENIZER,
+    "deepseek-r1-qwen": PreTokenizer(_split(_QWEN2)),
     "tekken": PreTokenizer(_split(_TEKKEN), ignore_merges=True, adds_bos=True),
 }

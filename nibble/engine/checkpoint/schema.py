@@ -14,7 +14,8 @@ Writer and reader both check against this. Symbols: H hidden size, I intermediat
 
 An INT4 linear is one uint8 tensor of that name in the tiles of `kernels/layout.py`; an INT8 linear (N, K) is
 `name.values` int8 (N, K) and `name.scales` float16 (N, K / group_size); a float16 linear is one float16 tensor (N, K).
-The description says which is which.
+The description says which is which. A linear whose columns are in another order than its inputs has `name.order` int32
+(K,) beside it: its column j is for input order[j].
 """
 
 from __future__ import annotations
@@ -49,11 +50,12 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     int4: dict[str, LinearFormat]
     int8: dict[str, LinearFormat]
     float16: tuple[str, ...] = ()
+    ordered: tuple[str, ...] = ()  # linears whose columns are in an order of their own
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """`dtype` is safetensors' name: F32, F16, U8 or I8."""
+    """`dtype` is safetensors' name."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -130,6 +132,9 @@ def _check_linears(description: Description) -> None:
             raise NativeFormatError(f"{name}: described twice")
         seen.add(name)
     float16 = set(description.float16)
+    for name in description.ordered:
+        if name not in seen or name in ("embedding", "lm_head"):
+            raise NativeFormatError(f"{name}: no such linear can have an order")
     for name, size in sizes.items():
         if name not in float16:
             _check_quantized(name, size, description)
@@ -160,6 +165,7 @@ def _check_int4(name: str, linear: LinearFormat) -> None:
 def _specs(description: Description) -> Iterator[tuple[str, TensorSpec]]:
     config = description.config
     norm = TensorSpec("F32", (config.hidden_size,))
+    ordered = set(description.ordered)
     for name, size in linear_sizes(config).items():
         prefix, _, stem = name.rpartition(".")
         if stem == "qkv":
@@ -167,6 +173,8 @@ def _specs(description: Description) -> Iterator[tuple[str, TensorSpec]]:
         if stem == "gate_up":
             yield f"{prefix}.mlp_norm", norm
         yield from _linear_specs(name, size, description)
+        if name in ordered:
+            yield f"{name}.order", TensorSpec("I32", size[1:])
         if stem == "qkv" and config.attention_bias:
             yield f"{name}.bias", TensorSpec("F32", (config.qkv_features,))
         if stem == "qkv" and config.qk_norm:

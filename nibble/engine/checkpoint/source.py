@@ -71,7 +71,10 @@ class Source(Protocol):
         """What `rows` will give for a matrix, without reading it."""
 
     def rows(self, name: str) -> Rows:
-        """The matrix of this name in the form that loses nothing, or as little as there is."""
+        """The matrix of this name in the form that loses nothing, or as little as there is; see `column_order`."""
+
+    def column_order(self, name: str) -> npt.NDArray[np.int32] | None:
+        """Column j of `rows` is column order[j] of the matrix; None: they are in order. `floats` always are."""
 
     def stored_type(self, name: str) -> str:
         """What the format calls the type of a tensor, for people."""

@@ -132,7 +132,12 @@ def _byte_level_bpe(vocabulary: _Vocabulary) -> tuple[dict[str, Any], bool]:
         raise vocabulary.metadata.required("tokenizer.ggml.merges")
     model = _bpe(vocabulary, merges) | {"ignore_merges": pre_tokenizer.ignore_merges}
     decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    parts = {"normalizer": None, "pre_tokenizer": pre_tokenizer.json, "decoder": decoder, "model": model}
+    parts = {
+        "normalizer": pre_tokenizer.normalizer,
+        "pre_tokenizer": pre_tokenizer.json,
+        "decoder": decoder,
+        "model": model,
+    }
     return parts, pre_tokenizer.adds_bos
 
 

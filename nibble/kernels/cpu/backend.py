@@ -293,6 +293,9 @@ class CPUKernels:
     def gather_rows(self, x: Array, rows: Array) -> Array:
         return gather_rows.gather_rows(x, rows)
 
+    def permute_columns(self, x: Array, order: Array) -> Array:
+        return np.take(x, order, axis=1)
+
     def copy_rows(self, x: Array, wanted: Array) -> Array:
         out = np.empty_like(x)
         out[wanted >= 0] = x[wanted >= 0]

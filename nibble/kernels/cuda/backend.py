@@ -31,6 +31,7 @@ from nibble.kernels.cuda import (
     logprobs,
     mask_logits,
     norm_heads,
+    permute_columns,
     read_bandwidth,
     rms_norm,
     rope,
@@ -243,6 +244,9 @@ class CUDAKernels:
 
     def gather_rows(self, x: Array, rows: Array) -> Array:
         return gather_rows.gather_rows(self.device, x, rows)
+
+    def permute_columns(self, x: Array, order: Array) -> Array:
+        return permute_columns.permute_columns(self.device, x, order)
 
     def copy_rows(self, x: Array, wanted: Array) -> Array:
         return copy_rows.copy_rows(self.device, x, wanted)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import cupy
 import numpy as np
 
+from nibble.kernels.cuda.compile import Defines
 from nibble.kernels.cuda.device import Device
-from nibble.kernels.cuda.rope import BLOCK, defines, num_query_heads
-from nibble.kernels.cuda.rope import VARIANTS as VARIANTS  # one per head_dim here too
+from nibble.kernels.cuda.rope import BLOCK, HEAD_DIMS, defines, num_query_heads
 from nibble.kernels.layout import KVDtype, KVLayout
+
+VARIANTS: tuple[Defines, ...] = tuple((("HEAD_DIM", d), ("KV_FP16", 0)) for d in HEAD_DIMS)
 
 
 def norm_heads(

@@ -1,0 +1,234 @@
+"""AWQ, GPTQ and compressed-tensors checkpoints: their numbers, and the logits of the converted model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from architectures import check_logits
+from hf_models import random_hf_model
+from packed_models import Quantized, Tensors, awq, compressed_tensors, gptq, gptq_v2, save_packed_model
+from transformers import PreTrainedModel
+
+from nibble.engine.checkpoint.convert import convert_checkpoint
+from nibble.engine.checkpoint.errors import CheckpointError, SourceError, UnsupportedModelError
+from nibble.engine.checkpoint.native import load_checkpoint
+from nibble.engine.checkpoint.source import open_source
+from nibble.kernels.cpu.backend import CPUKernels
+from nibble.kernels.interface import Int4Weight, Mode
+
+AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
+GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+
+
+def compressed_config(**weights: Any) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32} | weights
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+
+
+@dataclass(frozen=True)
+class Format:
+    pack: Callable[[Quantized], Tensors]
+    config: dict[str, Any]
+    group_size: int = 32
+    symmetric: bool = False
+    reordered: bool = False
+    model_type: str = "llama"
+
+
+FORMATS = {
+    "awq": Format(awq, AWQ_CONFIG, 64, model_type="qwen2"),
+    "gptq, sym": Format(gptq, GPTQ_CONFIG, symmetric=True),
+    "gptq, asym": Format(gptq, {**GPTQ_CONFIG, "checkpoint_format": "gptq"}),
+    "gptq_v2, asym": Format(gptq_v2, {**GPTQ_CONFIG, "checkpoint_format": "gptq_v2"}),
+    "gptq, act-order": Format(gptq, {**GPTQ_CONFIG, "desc_act": True}, reordered=True, model_type="qwen2"),
+    "gptq, one group": Format(gptq, {**GPTQ_CONFIG, "group_size": -1}, 128, symmetric=True, model_type="mistral"),
+    "compressed-tensors, sym": Format(compressed_tensors, compressed_config(), symmetric=True),
+    "compressed-tensors, asym": Format(compressed_tensors, compressed_config(symmetric=False), model_type="qwen3"),
+    "compressed-tensors, act-order": Format(
+        compressed_tensors, compressed_config(symmetric=False, actorder="group"), reordered=True
+    ),
+    "compressed-tensors, channel": Format(
+        compressed_tensors, compressed_config(strategy="channel", group_size=None), 128, symmetric=True
+    ),
+}
+
+
+def save(name: str, directory: Path) -> tuple[PreTrainedModel, dict[str, Quantized]]:
+    form = FORMATS[name]
+    # 128 everywhere: the inputs of every linear are one group, if that is all there is
+    options = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 128}
+    model = random_hf_model(form.model_type, **options)
+    quantized = save_packed_model(
+        model,
+        directory,
+        form.pack,
+        form.config,
+        group_size=form.group_size,
+        symmetric=form.symmetric,
+        reordered=form.reordered,
+    )
+    return model, quantized
+
+
+@pytest.fixture(scope="module")
+def kernels() -> CPUKernels:
+    return CPUKernels()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_numbers_and_logits_are_those_that_were_packed(tmp_path: Path, kernels: CPUKernels, name: str) -> None:
+    model, quantized = save(name, tmp_path / "source")
+    source = open_source(tmp_path / "source")
+    for tensor, linear in quantized.items():
+        # scale * zero, the minimum, is rounded to fp16: by half a unit of 15 scales at most
+        bound = linear.scale.astype(np.float32).max() * 15 * 2.0**-11
+        np.testing.assert_allclose(
+            source.floats(tensor), linear.weights(), rtol=0, atol=bound if not FORMATS[name].symmetric else 0
+        )
+    native = tmp_path / "native"
+    native.mkdir()
+    convert_checkpoint(source, native, lambda stage, done: None)
+    checkpoint = load_checkpoint(native)
+    assert all(
+        isinstance(checkpoint.linear(f"layers.1.{stem}"), Int4Weight) for stem in ("qkv", "o", "gate_up", "down")
+    )
+    assert checkpoint.has("layers.0.o.order") == FORMATS[name].reordered
+    check_logits(
+        kernels, native, model, Mode.DECODE, 5e-2
+    )  # the head is INT8, minima are rounded; a wrong order gives 1
+
+
+def test_parts_with_different_orders_become_int8(tmp_path: Path, kernels: CPUKernels) -> None:
+    model, quantized = save("gptq, act-order", tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    name = "model.layers.0.self_attn.k_proj"
+    linear = quantized[f"{name}.weight"]
+    other = Quantized(linear.q, linear.scale, linear.zero, np.roll(linear.group_of, 5))
+    tensors |= {f"{name}.{part}": torch.from_numpy(np.ascontiguousarray(array)) for part, array in gptq(other).items()}
+    safetensors.torch.save_file(tensors, path)
+    with torch.no_grad():
+        model.get_parameter(f"{name}.weight").copy_(torch.from_numpy(other.weights()))
+    native = tmp_path / "native"
+    native.mkdir()
+    convert_checkpoint(open_source(tmp_path / "source"), native, lambda stage, done: None)
+    checkpoint = load_checkpoint(native)
+    assert not isinstance(checkpoint.linear("layers.0.qkv"), Int4Weight)
+    assert not checkpoint.has("layers.0.qkv.order")
+    assert isinstance(checkpoint.linear("layers.1.qkv"), Int4Weight)
+    check_logits(kernels, native, model, Mode.DECODE, 5e-2)
+
+
+def test_zero_biases_of_linears_without_one_are_passed_over(tmp_path: Path) -> None:
+    save("gptq, sym", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    name = "model.layers.0.mlp.up_proj.bias"
+    safetensors.torch.save_file(tensors | {name: torch.zeros(128)}, path)
+    open_source(tmp_path)
+    safetensors.torch.save_file(tensors | {name: torch.ones(128)}, path)
+    with pytest.raises(UnsupportedModelError, match=f"tensor {name} belongs to a feature that is not supported"):
+        open_source(tmp_path)
+
+
+def test_the_older_file_for_options_is_read(tmp_path: Path) -> None:
+    _, quantized = save("gptq, asym", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    options = config.pop("quantization_config")
+    del options["quant_method"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "quantize_config.json").write_text(json.dumps(options))
+    (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
+    source = open_source(tmp_path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    np.testing.assert_allclose(source.floats(name), quantized[name].weights(), rtol=0, atol=1e-3)
+
+
+Tensor = dict[str, torch.Tensor]
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def set_option(**values: Any) -> Callable[[dict[str, Any], Tensor], object]:
+    return lambda config, tensors: config.update(values)
+
+
+def set_tensor(part: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, Any], Tensor], object]:
+    name = f"{DOWN}.{part}"
+    return lambda config, tensors: tensors.update({name: edit(tensors[name]).contiguous()})
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "message"),
+    [
+        (set_option(quant_method="hqq"), UnsupportedModelError, "quant_method 'hqq' is not supported, only awq, gptq"),
+        (set_option(bits=3), UnsupportedModelError, "bits 3 is not supported, only 4"),
+        (set_option(checkpoint_format="marlin"), UnsupportedModelError, "checkpoint_format 'marlin' is not supported"),
+        (set_option(group_size=0), UnsupportedModelError, "group_size 0 is not supported"),
+        (set_option(group_size=16), UnsupportedModelError, "with groups of 16 is not supported"),
+        (set_option(group_size=64), SourceError, "qzeros has shape [4, 16], expected [2, 16]"),
+        (
+            set_tensor("qweight", lambda t: t[:-1]),
+            SourceError,
+            f"{DOWN}.qweight has shape [15, 128], expected [16, 128]",
+        ),
+        (
+            set_tensor("qweight", lambda t: t.float()),
+            UnsupportedModelError,
+            f"{DOWN}.qweight is F32; supported are I32",
+        ),
+        (set_tensor("scales", lambda t: t.int()), UnsupportedModelError, f"{DOWN}.scales is I32; supported are F16"),
+        (lambda config, tensors: tensors.pop(f"{DOWN}.scales"), SourceError, f"tensor {DOWN}.scales is missing"),
+        (set_tensor("g_idx", lambda t: t + 1), SourceError, f"tensor {DOWN}.g_idx has a group outside of 0..3"),
+        (set_tensor("g_idx", lambda t: t - 1), SourceError, f"tensor {DOWN}.g_idx has a group outside of 0..3"),
+        (set_tensor("g_idx", lambda t: t * 0), SourceError, f"tensor {DOWN}.g_idx has groups of different sizes"),
+        (
+            set_tensor("scales", lambda t: t * float("nan")),
+            CheckpointError,
+            f"tensor {DOWN}.scales has numbers that are inf",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    tmp_path: Path, edit: Callable[[dict[str, Any], Tensor], object], error: type[CheckpointError], message: str
+) -> None:
+    save("gptq, asym", tmp_path)
+    path, config_path = tmp_path / "model.safetensors", tmp_path / "config.json"
+    tensors, config = safetensors.torch.load_file(path), json.loads(config_path.read_text())
+    edit(config["quantization_config"], tensors)
+    safetensors.torch.save_file(tensors, path)
+    config_path.write_text(json.dumps(config))
+    (tmp_path / "native").mkdir()
+    with pytest.raises(error) as caught:
+        convert_checkpoint(open_source(tmp_path), tmp_path / "native", lambda stage, done: None)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**AWQ_CONFIG, "version": "gemv"}, "version 'gemv' is not supported, only 'gemm', 'GEMM'"),
+        ({**AWQ_CONFIG, "zero_point": False}, "zero_point False is not supported, only True"),
+        ({**compressed_config(), "format": "marlin-24"}, "format 'marlin-24' is not supported, only 'pack-quantized'"),
+        ({**compressed_config(), "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme {'num_bits': 8} is not supp"),
+        ({**compressed_config(), "config_groups": {}}, "config_groups {} is not supported, only one group"),
+        (compressed_config(num_bits=8), "weights: num_bits 8 is not supported, only 4"),
+        (compressed_config(type="float"), "weights: type 'float' is not supported, only 'int'"),
+        (compressed_config(strategy="tensor"), "weights: strategy 'tensor' is not supported, only 'group', 'channel'"),
+    ],
+)
+def test_unknown_options_are_refused_by_name(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    save("gptq, asym", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    with pytest.raises(UnsupportedModelError) as caught:
+        open_source(tmp_path)
+    assert message in str(caught.value)
