@@ -1,7 +1,7 @@
 """`config.json` in the form that Hugging Face tools expect: what a gateway and a tokenizer loader want to know.
 
 It describes the model for people and for `transformers.AutoTokenizer`; weights cannot be loaded with it. Scaling of
-rotary frequencies that Hugging Face has no name for (a GGUF file's list of divisors) is left out.
+rotary frequencies that is a list of divisors by now is left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from nibble.engine.checkpoint.errors import ConversionError
-from nibble.engine.model_config import ModelConfig
+from nibble.engine.model_config import ARCHITECTURES, ModelConfig
 
 
 def write_hf_config(directory: Path, config: ModelConfig) -> None:
@@ -45,8 +45,8 @@ def _hf_config(config: ModelConfig) -> dict[str, Any]:
     if len(config.eos_token_ids) < 2:
         eos = config.eos_token_ids[0] if config.eos_token_ids else None
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [ARCHITECTURES[config.architecture]],
+        "model_type": config.architecture,
         "hidden_act": "silu",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -59,7 +59,7 @@ def _hf_config(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         "rope_parameters": rope,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.attention_bias,
+        "sliding_window": config.sliding_window,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos,
     }
