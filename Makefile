@@ -16,7 +16,7 @@ PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --n
 help: ## Show the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-serve: $(VENV)/serve.stamp ## Serve a model (MODEL=file.gguf or directory, PORT=8000; default: the demo model)
+serve: $(VENV)/serve.stamp ## Serve a model (MODEL=file.gguf, directory or hub id, PORT=8000; default: the demo model)
 	@exec $(BIN)/nibble serve $(if $(MODEL),--model '$(MODEL)') $(if $(PORT),--port '$(PORT)') $(ARGS)
 
 chat: $(VENV)/serve.stamp ## Chat with the running service in the terminal

@@ -19,9 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+MODEL_KINDS = "A GGUF file, a directory (Hugging Face's or converted), or an id on the Hugging Face hub"
 ModelOption = Annotated[
     Path | None,
-    typer.Option("--model", "-m", help="A GGUF file or a native checkpoint directory. Default: a small demo model."),
+    typer.Option("--model", "-m", help=f"{MODEL_KINDS}. Default: a small demo model."),
 ]
 
 

@@ -71,8 +71,8 @@ class LLM:
     """One model on one device. For one caller at a time."""
 
     def __init__(self, model: str | Path | None = None, **settings: Any) -> None:
-        """model: a GGUF file or a native directory; the demo model without it. settings: those of a worker, by name
-        (`device="cpu"`, `kv_cache_bytes="1GiB"`); what is not given comes from NIBBLE_ variables, as everywhere.
+        """model: a GGUF file, a directory or an id on the hub; the demo model without it. settings: those of a worker,
+        by name (`device="cpu"`, `kv_cache_bytes="1GiB"`); others come from NIBBLE_ variables, as everywhere.
 
         Raises SettingsError, ModelNotFound, ModelFilesError, CheckpointError, CapacityError.
         """

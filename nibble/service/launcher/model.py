@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from nibble.engine.checkpoint.errors import CheckpointError
 from nibble.engine.checkpoint.resolve import resolve_checkpoint
 from nibble.service.demo_model import DemoModelError, fetch_demo_model
+from nibble.service.hub_model import HubModelError, fetch_hub_model, is_hub_id
 from nibble.service.launcher.errors import ModelNotFound
 
 ReportProgress = Callable[[str, float], None]  # what is being done, and the share of it that is done
@@ -23,13 +24,16 @@ def locate_model(source: Path | None, cache_dir: Path, console: Console) -> tupl
         with progress_bar(console) as report:
             if source is None:
                 source = fetch_demo_model(cache_dir, report)
-            return resolve_checkpoint(source, cache_dir, report), model_name_of(source)
-    except (CheckpointError, DemoModelError, OSError) as error:
+            name = model_name_of(source)
+            if is_hub_id(source):
+                source = fetch_hub_model(source, report)
+            return resolve_checkpoint(source, cache_dir, report), name
+    except (CheckpointError, DemoModelError, HubModelError, OSError) as error:
         raise ModelNotFound(str(error)) from error
 
 
 def model_name_of(source: Path) -> str:
-    """A GGUF file's name without its suffix, a directory's name."""
+    """A GGUF file's name without its suffix, a directory's name, that of a model on the hub."""
     return source.stem if source.suffix == ".gguf" else source.resolve().name
 
 

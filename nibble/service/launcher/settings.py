@@ -11,7 +11,7 @@ from nibble.service.settings import ProcessSettings
 
 
 class LauncherSettings(ProcessSettings):
-    """model_dir is a native checkpoint directory or a GGUF file; without it the demo model is served.
+    """model_dir is a GGUF file, a directory or an id on the hub; without it the demo model is served.
 
     redis_url, where it is set, names a server to use instead of an embedded one. port 0 means any free port.
     """

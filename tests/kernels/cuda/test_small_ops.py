@@ -10,7 +10,8 @@ import pytest
 import reference
 from reference import int8_matrix
 
-from nibble.kernels.interface import Int8Weight
+from nibble.kernels.interface import Float16Weight, Int8Weight
+from nibble.kernels.layout import KVLayout
 
 if TYPE_CHECKING:
     from nibble.kernels.cuda.backend import CUDAKernels
@@ -36,6 +37,44 @@ def test_embedding_returns_dequantized_rows(
     # a product of 8 and 11 bits is exact in fp32
     np.testing.assert_array_equal(out, int8_matrix(values, scales, group_size)[ids])
     assert out.dtype == np.float32
+
+
+@pytest.mark.parametrize("hidden_size", [64, 4096, 4112])
+@pytest.mark.parametrize("num_tokens", [0, 1, 33])
+def test_embedding_returns_rows_of_a_float16_table(
+    kernels: CUDAKernels, rng: np.random.Generator, hidden_size: int, num_tokens: int
+) -> None:
+    values = rng.standard_normal((50, hidden_size)).astype(np.float16)
+    ids = rng.integers(0, 50, num_tokens).astype(np.int32)
+    ids[:1] = 49
+    out = kernels.embedding(kernels.to_device(ids), Float16Weight(kernels.to_device(values)))
+    np.testing.assert_array_equal(kernels.to_host(out), values[ids])
+    assert out.dtype == np.float32
+
+
+@pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(2, 64), (1, 96), (8, 128), (1, 256)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 40])
+def test_norm_heads(
+    kernels: CUDAKernels, rng: np.random.Generator, num_tokens: int, num_kv_heads: int, head_dim: int
+) -> None:
+    layout = KVLayout(num_kv_heads, head_dim)
+    qkv = rng.standard_normal((num_tokens, 6 * num_kv_heads * head_dim)).astype(np.float16)
+    weights = rng.standard_normal((2, head_dim)).astype(np.float32)
+    on_gpu = kernels.to_device(qkv)
+    kernels.norm_heads(on_gpu, kernels.to_device(weights[0]), kernels.to_device(weights[1]), 1e-6, layout)
+    out, expected = kernels.to_host(on_gpu), reference.norm_heads(qkv, *weights, 1e-6, layout)
+    values = slice(-num_kv_heads * head_dim, None)
+    np.testing.assert_array_equal(out[:, values], qkv[:, values])
+    assert (np.abs(out - expected) <= (EPS * 20 + EPS_HALF) * np.abs(expected) + TINY_HALF).all()
+
+
+@pytest.mark.parametrize("columns", [32, 300, 4096])
+@pytest.mark.parametrize("num_tokens", [0, 1, 40])
+def test_permute_columns(kernels: CUDAKernels, rng: np.random.Generator, num_tokens: int, columns: int) -> None:
+    x = rng.standard_normal((num_tokens, columns)).astype(np.float16)
+    order = rng.permutation(columns).astype(np.int32)
+    out = kernels.permute_columns(kernels.to_device(x), kernels.to_device(order))
+    np.testing.assert_array_equal(kernels.to_host(out), x[:, order])
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 70])
