@@ -30,7 +30,7 @@ from nibble.kernels.cuda.compile import Defines
 from nibble.kernels.cuda.launch import Kernel
 from nibble.kernels.cuda.rope import HEAD_DIMS
 from nibble.kernels.cuda.variants import compile_all
-from nibble.kernels.interface import AttentionBatch, AttentionStep, Int4Weight, Int8Weight, Mode
+from nibble.kernels.interface import AttentionBatch, AttentionStep, Float16Weight, Int4Weight, Int8Weight, Mode
 from nibble.kernels.layout import KVDtype, KVLayout
 from nibble.kernels.pack import pack_int4
 from nibble.kernels.sampling import LOGPROB_WORDS, AdjustmentBatch, SamplingBatch
@@ -165,6 +165,8 @@ def one_attention(s: Sanitized, layout: KVLayout, group_size: int) -> None:
         plan = s.kernels.plan_attention(on_device, layout, len(positions), mode=mode)
         step = AttentionStep(on_device, s.array(positions, np.int32), s.array(slots, np.int64), table, plan)
         s.check(s.kernels.attention(qkv, kv_cache, step, layout, mode=mode))
+        weights = s.normal((2, layout.head_dim), np.float32)
+        s.kernels.norm_heads(qkv, weights[0], weights[1], 1e-5, layout)
         s.kernels.rope(qkv, step.positions, table, layout)
         s.kernels.append_kv(qkv, step.slots, kv_cache, layout)
         s.check(s.kernels.paged_attention(qkv, kv_cache, on_device, layout, mode=mode))
@@ -225,6 +227,9 @@ def small_ops(s: Sanitized) -> None:
         s.check(s.kernels.gather_rows(s.normal((5, size), dtype), rows))
     for size, group_size in ((96, 32), (4112, 16)):
         s.check(s.kernels.embedding(rows, s.int8_weight(5, size, group_size)))
+        s.check(s.kernels.embedding(rows, Float16Weight(s.normal((5, size)))))
+    s.check(s.kernels.permute_columns(s.normal((3, 300)), s.array(s.rng.permutation(300), np.int32)))
+    s.linear(s.kernels.float16_linear, 48, 96, Float16Weight(s.normal((48, 96))), 65)
     for columns in (33, 4100):
         s.kernels.copy_rows(s.normal((3, columns), np.float32), s.array([1, 0, 1], np.int32))
     cache, swapped = s.array(np.zeros((2, 3, 1, 4112)), np.uint8), s.kernels.host_buffer((2, 2, 1, 4112), np.uint8)
