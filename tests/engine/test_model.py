@@ -19,6 +19,7 @@ from model_logits import (
     transformers_logits,
 )
 
+from nibble.engine.checkpoint.errors import UnsupportedModelError
 from nibble.engine.limits import EngineLimits
 from nibble.engine.llm_engine import LLMEngine
 from nibble.engine.protocol import GenerationRequest, SamplingParams
@@ -106,6 +107,14 @@ def test_greedy_tokens_do_not_depend_on_the_batch_or_on_preemption(
     scarce = make_engine(demo_checkpoint, kernels, kv_cache_bytes=9 * 64 * 30 * 3 * 136)
     assert generate(scarce, prompts, 40) == alone
     assert scarce.stats.num_preemptions > 0
+
+
+def test_heads_that_a_backend_has_no_kernels_for_are_refused(
+    demo_checkpoint: Path, kernels: CPUKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "supports", lambda layout: layout.head_dim == 128)
+    with pytest.raises(UnsupportedModelError, match="head_dim 64 is not supported on cpu: "):
+        make_engine(demo_checkpoint, kernels)
 
 
 def test_a_resumed_request_goes_on_with_the_same_tokens(

@@ -36,7 +36,9 @@ class GGUFSource:
         values = self._file.dequantized(gguf_name(name), slice(None) if order is not None else rows)
         if not np.isfinite(values).all():
             raise ConversionError(f"{self.label}: tensor {gguf_name(name)} has numbers that are infinite or NaN")
-        return values if order is None else values[order][rows]
+        if order is None:
+            return values
+        return values[order][rows] if values.ndim > 1 else values[order]
 
     def format(self, name: str) -> RowFormat:
         return row_format(self._file, gguf_name(name))

@@ -77,7 +77,7 @@ def read_hf_config(directory: Path) -> ModelConfig:
         attention_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         sliding_window=_sliding_window(keys, architecture),
-        bos_token_id=_token_ids(keys, "bos_token_id")[0] if _token_ids(keys, "bos_token_id") else None,
+        bos_token_id=next(iter(_token_ids(keys, "bos_token_id")), None),
         eos_token_ids=_eos_token_ids(directory, keys),
     )
     problem = config_problem(config)
@@ -139,22 +139,23 @@ def _refuse_options(keys: _Keys) -> None:
 
 def _sliding_window(keys: _Keys, architecture: str) -> int | None:
     """Mistral has it in all layers, Qwen in those from max_window_layers on, if at all."""
-    window = keys.values.get("sliding_window")
-    if window is None or architecture == "llama":
+    if "sliding_window" not in keys.values or architecture == "llama":
         return None
-    if architecture != "mistral":
-        if not keys.boolean("use_sliding_window", default=False):
-            return None
-        num_layers = keys.count("num_hidden_layers")
-        first = keys.values.get("max_window_layers", 28)
-        kinds = keys.values.get("layer_types") or [
-            "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
-        ]
-        if "sliding_attention" not in kinds:
-            return None
-        if set(kinds) != {"sliding_attention"}:
-            raise UnsupportedModelError(f"{keys.source}: a sliding_window in some layers only is not supported")
-    return keys.count("sliding_window")
+    if architecture == "mistral":
+        return keys.count("sliding_window")
+    if not keys.boolean("use_sliding_window", default=False):
+        return None
+    num_layers, first = keys.count("num_hidden_layers"), keys.values.get("max_window_layers", 28)
+    kinds = keys.values.get("layer_types")
+    if kinds is None and isinstance(first, int):
+        has_full, has_window = first > 0, first < num_layers
+    elif isinstance(kinds, list):
+        has_full, has_window = "full_attention" in kinds, "sliding_attention" in kinds
+    else:
+        raise keys.error("layer_types" if kinds is not None else "max_window_layers", "a list or a number of layers")
+    if has_full and has_window:
+        raise UnsupportedModelError(f"{keys.source}: a sliding_window in some layers only is not supported")
+    return keys.count("sliding_window") if has_window else None
 
 
 def _read_rope(keys: _Keys, head_dim: int) -> tuple[int, RopeConfig]:

@@ -65,7 +65,7 @@ class Source(Protocol):
     def config(self) -> ModelConfig: ...
 
     def floats(self, name: str, rows: slice = slice(None)) -> Floats:
-        """The tensor of this name in `tensor_shapes`, or some of its rows, as new finite float32."""
+        """The tensor of this name in `tensor_shapes`, or some rows of a matrix, as new finite float32."""
 
     def format(self, name: str) -> RowFormat:
         """What `rows` will give for a matrix, without reading it."""

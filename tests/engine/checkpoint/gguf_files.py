@@ -26,6 +26,7 @@ SCALES = {
 class TinyGGUF:
     """What to write. `kinds` maps the end of a tensor's name to its type; the rest of the matrices are `kind`."""
 
+    architecture: str = "llama"
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
@@ -34,6 +35,7 @@ class TinyGGUF:
     num_layers: int = 2
     tied: bool = True
     attention_bias: bool = False
+    qk_norm: bool = False
     rope_freqs: bool = False
     kind: str = "Q4_1"
     kinds: dict[str, str] = field(default_factory=lambda: {"token_embd.weight": "Q8_0"})
@@ -42,7 +44,7 @@ class TinyGGUF:
 
 
 def write_tiny_gguf(path: Path, spec: TinyGGUF = TinyGGUF()) -> Path:
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, spec.architecture)
     writer.add_context_length(256)
     writer.add_embedding_length(spec.hidden_size)
     writer.add_block_count(spec.num_layers)
@@ -84,6 +86,9 @@ def _add_tensors(writer: GGUFWriter, spec: TinyGGUF, num_tokens: int) -> None:
             matrix(f"blk.{i}.{name}.weight", rows, hidden)
             if spec.attention_bias:
                 vector(f"blk.{i}.{name}.bias", rows, 0.0)
+        if spec.qk_norm:
+            vector(f"blk.{i}.attn_q_norm.weight", spec.head_dim, 1.0)
+            vector(f"blk.{i}.attn_k_norm.weight", spec.head_dim, 1.0)
         matrix(f"blk.{i}.attn_output.weight", hidden, q)
         matrix(f"blk.{i}.ffn_gate.weight", spec.intermediate_size, hidden)
         matrix(f"blk.{i}.ffn_up.weight", spec.intermediate_size, hidden)

@@ -16,7 +16,7 @@ from nibble.engine.checkpoint.convert import convert_checkpoint
 from nibble.engine.checkpoint.errors import CheckpointError, ConversionError, UnsupportedModelError
 from nibble.engine.checkpoint.gguf import GGUFFile
 from nibble.engine.checkpoint.native import WEIGHTS_FILE, load_checkpoint
-from nibble.engine.checkpoint.source import open_source
+from nibble.engine.checkpoint.source import floating_tensors, open_source
 from nibble.kernels.interface import Float16Weight, Int4Weight, Int8Weight
 
 
@@ -60,6 +60,30 @@ def test_4_bit_matrices_stay_4_bit_and_the_embedding_is_int8(tmp_path: Path) -> 
     kinds = {name: type(checkpoint.linear(f"layers.0.{name}")) for name in ("qkv", "o", "gate_up", "down")}
     assert kinds == {"qkv": Int8Weight, "o": Int4Weight, "gate_up": Int4Weight, "down": Int4Weight}
     assert isinstance(checkpoint.linear("embedding"), Int8Weight)
+
+
+ARCHITECTURES = {
+    "llama": TinyGGUF(),
+    "qwen2": TinyGGUF(architecture="qwen2", attention_bias=True, tied=False, hidden_size=128),
+    "qwen3": TinyGGUF(
+        architecture="qwen3", qk_norm=True, head_dim=128
+    ),  # whatever the file says, transformers takes 128
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_tensor_has_the_numbers_that_transformers_loads(architecture: str, tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", ARCHITECTURES[architecture])
+    source, theirs = open_source(path), transformers_state(path)
+    assert source.config.architecture == architecture
+    if source.config.tie_word_embeddings:
+        del theirs["lm_head.weight"]
+    ours = dict(floating_tensors(source))
+    assert set(ours) == set(theirs)
+    for name, values in ours.items():
+        np.testing.assert_array_equal(values, theirs[name], err_msg=name)
+        if values.ndim > 1:
+            np.testing.assert_array_equal(source.floats(name, slice(1, 3)), values[1:3], err_msg=name)
 
 
 def only(kind: str) -> TinyGGUF:

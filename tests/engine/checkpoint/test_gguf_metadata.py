@@ -8,10 +8,13 @@ import gguf
 import numpy as np
 import pytest
 from gguf_files import TinyGGUF, write_tiny_gguf
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nibble.engine.checkpoint.errors import CheckpointError, GGUFError, UnsupportedModelError
 from nibble.engine.checkpoint.gguf_source import GGUFSource
 from nibble.engine.model_config import ModelConfig, RopeConfig
+from nibble.engine.rope import inverse_frequencies
 
 Edit = Callable[[gguf.GGUFWriter], None]
 
@@ -71,6 +74,26 @@ def test_linear_scaling_is_read_under_both_of_its_names(tmp_path: Path) -> None:
 
     assert edited(edit, tmp_path).rope.linear_factor == 4.0
     assert edited(set_key("llama.rope.scale_linear", 2.0, FLOAT), tmp_path).rope.linear_factor == 2.0
+
+
+def test_yarn_gives_the_rotation_that_transformers_computes(tmp_path: Path) -> None:
+    def edit(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(64)
+
+    config = edited(edit, tmp_path)
+    assert config.max_context_tokens == 256
+    parameters = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    theirs = LlamaConfig(head_dim=32, max_position_embeddings=256, rope_parameters=parameters)
+    frequencies, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, device="cpu")
+    np.testing.assert_allclose(inverse_frequencies(config), frequencies.numpy(), rtol=1e-6)
+    assert config.rope.attention_factor == pytest.approx(attention_factor)
 
 
 def test_every_end_of_turn_token_ends_a_generation_once(tmp_path: Path) -> None:

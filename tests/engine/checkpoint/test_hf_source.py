@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from hf_models import random_hf_model, save_hf_model
+from transformers import AutoTokenizer
 
 from nibble.engine.checkpoint.errors import CheckpointError, ConversionError, SourceError, UnsupportedModelError
 from nibble.engine.checkpoint.source import floating_tensors, open_source
@@ -37,9 +38,43 @@ def test_some_rows_of_a_matrix_can_be_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(source.floats(name, slice(3, 5)), model.state_dict()[name][3:5].numpy())
 
 
-def edit_json(name: str, edit: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+@pytest.mark.parametrize(
+    ("model_type", "options", "window"),
+    [
+        ("mistral", {"sliding_window": 33}, 33),
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2", {"sliding_window": 33}, None),
+        ("qwen2", {"sliding_window": 33, "use_sliding_window": True, "max_window_layers": 2}, None),
+        ("qwen3", {"sliding_window": 33, "use_sliding_window": True, "max_window_layers": 0}, 33),
+    ],
+)
+def test_a_window_is_there_where_the_architecture_uses_it(
+    tmp_path: Path, model_type: str, options: dict[str, Any], window: int | None
+) -> None:
+    config = open_source(save_hf_model(random_hf_model(model_type, **options), tmp_path)).config
+    assert config.sliding_window == window
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+def test_tokenizer_and_chat_template_go_along(tmp_path: Path, place: str) -> None:
+    source, native = tmp_path / "source", tmp_path / "native"
+    native.mkdir()
+    save_hf_model(random_hf_model("llama"), source)
+    template = "{% for m in messages %}«{{ m.content }}»{% endfor %}"
+    if place.endswith("jinja"):
+        (source / place).write_text(template, encoding="utf-8")
+    else:
+        edit_json(place, lambda values: values.update(chat_template=template), create=True)(source)
+    open_source(source).write_tokenizer(native)
+    theirs, ours = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(native)
+    assert ours("true {12é").input_ids == theirs("true {12é").input_ids
+    messages = [{"role": "user", "content": "Hi"}]
+    assert ours.apply_chat_template(messages, tokenize=False) == "«Hi»"
+
+
+def edit_json(name: str, edit: Callable[[dict[str, Any]], None], create: bool = False) -> Callable[[Path], None]:
     def apply(directory: Path) -> None:
-        values = json.loads((directory / name).read_text())
+        values = {} if create and not (directory / name).exists() else json.loads((directory / name).read_text())
         edit(values)
         (directory / name).write_text(json.dumps(values))
 
@@ -76,6 +111,17 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
         (set_option(hidden_size=-1), SourceError, "hidden_size is '-1', expected a positive number below 2^31"),
         (set_option(num_hidden_layers=3), SourceError, "tensor model.layers.2.input_layernorm.weight is missing"),
         (set_option(vocab_size=301), SourceError, "embed_tokens.weight has shape [300, 128], expected [301, 128]"),
+        (set_option(head_dim=80), SourceError, "head_dim 80 is not a multiple of 32 up to 256"),
+        (
+            set_option(num_hidden_layers=(1 << 31) - 1),
+            SourceError,
+            "layers.2147483646.input_layernorm.weight is missing",
+        ),
+        (
+            set_option(model_type="qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1),
+            UnsupportedModelError,
+            "a sliding_window in some layers only is not supported",
+        ),
         (set_option(eos_token_id="x"), SourceError, "eos_token_id is 'x', expected a token id or a list of them"),
         (
             set_option(rope_parameters={"rope_type": "longrope"}),

@@ -153,6 +153,7 @@ def set_linear(name: str, **values: int) -> Callable[[dict[str, Any]], None]:
         (set_linear("lm_head", group_size=0), "lm_head: group size 0 does not divide 64"),
         (lambda d: d["int8"].update({"x": d["int8"].pop("lm_head")}), "x: the model has no such linear"),
         (lambda d: d["int4"].update({"lm_head": d["int8"].pop("lm_head")}), "lm_head: must be INT8 or float16"),
+        (lambda d: d.update(ordered=["lm_head"]), "lm_head: no such linear can have an order"),
         (
             lambda d: (d["int8"].update({"layers.0.o": d["int4"]["layers.0.o"]}), d["int4"].pop("layers.1.down")),
             "layers.0.o: described twice",
@@ -166,6 +167,24 @@ def test_a_description_that_contradicts_itself_is_refused(
     with pytest.raises(NativeFormatError) as caught:
         load_checkpoint(tmp_path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("order", [[0] * 160, list(range(1, 161)), [-1, *range(159)]])
+def test_an_order_that_is_none_is_refused(directory: Path, tmp_path: Path, order: list[int]) -> None:
+    """Kernels read where it says."""
+    checkpoint, description = load_checkpoint(directory), described(directory)
+    arrays = [(name, checkpoint.array(name)) for name in checkpoint.names]
+    arrays.append(("layers.0.o.order", np.array(order, np.int32)))
+    write_checkpoint(
+        tmp_path,
+        checkpoint.config,
+        arrays,
+        int4=description.int4,
+        int8=description.int8,
+        ordered=["layers.0.o"],
+    )
+    with pytest.raises(NativeFormatError, match=r"tensor layers\.0\.o\.order is not an order of 160 columns"):
+        load_checkpoint(tmp_path)
 
 
 def test_writing_formats_that_do_not_fit_the_model_is_refused(tmp_path: Path) -> None:
