@@ -32,7 +32,7 @@ def read_packing(directory: Path) -> Packing | None:
     options = _Options(config, f"{path}: quantization_config")
     method = config.get("quant_method")
     readers = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors}
-    if method not in readers:
+    if not isinstance(method, str) or method not in readers:
         raise options.refusal("quant_method", ", ".join(readers))
     return readers[method](options)
 

@@ -170,6 +170,7 @@ def set_tensor(part: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Calla
     ("edit", "error", "message"),
     [
         (set_option(quant_method="hqq"), UnsupportedModelError, "quant_method 'hqq' is not supported, only awq, gptq"),
+        (set_option(quant_method={}), UnsupportedModelError, "quant_method {} is not supported, only awq, gptq"),
         (set_option(bits=3), UnsupportedModelError, "bits 3 is not supported, only 4"),
         (set_option(checkpoint_format="marlin"), UnsupportedModelError, "checkpoint_format 'marlin' is not supported"),
         (set_option(group_size=0), UnsupportedModelError, "group_size 0 is not supported"),
