@@ -29,6 +29,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "auto_map": (None,),  # code of the model's own
 }
 _MAX_JSON_BYTES = 64 << 20
+_DEFAULT_WINDOW = 4096  # of a configuration that leaves it out; null says that there is none
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class _Keys:
     """Typed reading of one JSON object; null is as good as absent."""
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self.given = frozenset(values)
         self.values = {key: value for key, value in values.items() if value is not None}
         self.source = source
 
@@ -139,10 +141,11 @@ def _refuse_options(keys: _Keys) -> None:
 
 def _sliding_window(keys: _Keys, architecture: str) -> int | None:
     """Mistral has it in all layers, Qwen in those from max_window_layers on, if at all."""
-    if "sliding_window" not in keys.values or architecture == "llama":
+    is_none = "sliding_window" in keys.given and "sliding_window" not in keys.values
+    if is_none or architecture == "llama":
         return None
     if architecture == "mistral":
-        return keys.count("sliding_window")
+        return keys.count("sliding_window", default=_DEFAULT_WINDOW)
     if not keys.boolean("use_sliding_window", default=False):
         return None
     num_layers, first = keys.count("num_hidden_layers"), keys.values.get("max_window_layers", 28)
@@ -155,7 +158,7 @@ def _sliding_window(keys: _Keys, architecture: str) -> int | None:
         raise keys.error("layer_types" if kinds is not None else "max_window_layers", "a list or a number of layers")
     if has_full and has_window:
         raise UnsupportedModelError(f"{keys.source}: a sliding_window in some layers only is not supported")
-    return keys.count("sliding_window") if has_window else None
+    return keys.count("sliding_window", default=_DEFAULT_WINDOW) if has_window else None
 
 
 def _read_rope(keys: _Keys, head_dim: int) -> tuple[int, RopeConfig]:

@@ -78,7 +78,9 @@ def _gptq(options: _Options) -> Packing:
 def _compressed_tensors(options: _Options) -> Packing:
     options.require("format", "pack-quantized")
     options.require("kv_cache_scheme", None)
-    options.require("sparsity_config", None, {})
+    sparsity = options.values.get("sparsity_config")
+    if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
+        raise options.refusal("sparsity_config", "none")
     groups = options.values.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1 or not isinstance(next(iter(groups.values())), dict):
         raise options.refusal("config_groups", "one group")

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from hf_models import random_hf_model, save_hf_model
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from nibble.engine.checkpoint.errors import CheckpointError, ConversionError, SourceError, UnsupportedModelError
 from nibble.engine.checkpoint.source import floating_tensors, open_source
@@ -55,6 +55,12 @@ def test_a_window_is_there_where_the_architecture_uses_it(
     assert config.sliding_window == window
 
 
+def test_a_window_that_is_left_out_is_the_architectures(tmp_path: Path) -> None:
+    save_hf_model(random_hf_model("mistral"), tmp_path)
+    edit_json("config.json", lambda config: config.pop("sliding_window"))(tmp_path)
+    assert open_source(tmp_path).config.sliding_window == AutoConfig.from_pretrained(tmp_path).sliding_window == 4096
+
+
 @pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
 def test_tokenizer_and_chat_template_go_along(tmp_path: Path, place: str) -> None:
     source, native = tmp_path / "source", tmp_path / "native"
@@ -70,6 +76,13 @@ def test_tokenizer_and_chat_template_go_along(tmp_path: Path, place: str) -> Non
     assert ours("true {12é").input_ids == theirs("true {12é").input_ids
     messages = [{"role": "user", "content": "Hi"}]
     assert ours.apply_chat_template(messages, tokenize=False) == "«Hi»"
+
+
+def test_a_chat_template_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    source = open_source(save_hf_model(random_hf_model("llama"), tmp_path))
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(SourceError, match=r"chat_template\.jinja: is not UTF-8"):
+        source.write_tokenizer(tmp_path)
 
 
 def edit_json(name: str, edit: Callable[[dict[str, Any]], None], create: bool = False) -> Callable[[Path], None]:
