@@ -9,7 +9,6 @@ static_assert(D % 32 == 0 && D >= 64 && D <= 256, "head_dim");
 
 // ---- the KV block of one kv head, see layout.py -------------------------------------------------------------------------
 
-constexpr int BLOCK_TOKENS = 64;
 constexpr int ROW_BYTES = IS_FP16 ? 2 * D : D;  // one token's key or value
 constexpr int VALUES_START = BLOCK_TOKENS * ROW_BYTES;
 constexpr int KEY_PARAMETERS = 2 * BLOCK_TOKENS * D;  // INT8 only: (scale, zero) per token

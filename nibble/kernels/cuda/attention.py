@@ -36,7 +36,7 @@ def attention(
         assert (step.slots.shape, step.slots.dtype) == ((len(qkv),), np.int64), "slots must be int64 (T,)"
         assert (step.positions.shape, step.positions.dtype) == ((len(qkv),), np.int32), "positions must be int32 (T,)"
         check_table(step.rope_table, layout)
-        return attention_decode(device, qkv, kv_cache, step.batch, step.plan, layout, step.rope_table)
+        return attention_decode(device, qkv, kv_cache, step.batch, step.plan, layout, step.rope_table, step.positions)
     rope_append_kv(device, qkv, step.positions, step.slots, step.rope_table, kv_cache, layout)
     attend = attention_decode if mode is Mode.DECODE else attention_prefill
     return attend(device, qkv, kv_cache, step.batch, step.plan, layout)

@@ -79,7 +79,7 @@ struct Computer {
         NewToken new_token(a, piece, at, side);
         if (is_first) computing_barrier();
         float scores[KEY_TILES][4];
-        state.multiply_keys(place, new_token, scales.bytes(), count, scores);
+        state.multiply_keys(place, new_token, scales.bytes(), piece.oldest(a) - at, count, scores);
         state.raise_maxima(scores);
         new_token.place_value_parameters(scales.bytes());
         state.weigh(scales.bytes(), count, scores);
@@ -113,14 +113,14 @@ struct Computer {
 
 // share_records: see attention_decode_work.cuh
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
-    attention_decode(const uint16* qkv, uint8* kv_cache, const int* block_tables, const float* table, int* plan,
-                     float* records, uint16* out, int num_counters, int max_blocks, int num_heads, int num_kv_heads,
-                     int share_records) {
+    attention_decode(const uint16* qkv, uint8* kv_cache, const int* block_tables, const float* table,
+                     const int* positions, int* plan, float* records, uint16* out, int num_counters, int window,
+                     int num_heads, int num_kv_heads, int share_records) {
     grid_launch_dependents();
     init_barriers();
     __syncthreads();
-    Arguments a = {qkv, kv_cache,     block_tables, table,     plan,         records,
-                   out, num_counters, max_blocks,   num_heads, num_kv_heads, share_records};
+    Arguments a = {qkv, kv_cache,     block_tables, table,     positions,    plan,         records,
+                   out, num_counters, window,       num_heads, num_kv_heads, share_records};
     // Without a table the kernel just before has written to the cache. Otherwise nobody has since the plan was made, and
     // plan and cache can be read at once (see attention_plan.cu).
     if (table == nullptr) grid_wait();

@@ -40,9 +40,10 @@ def attention_decode(
     plan: cupy.ndarray,
     layout: KVLayout,
     table: cupy.ndarray | None = None,
+    positions: cupy.ndarray | None = None,
 ) -> cupy.ndarray:
-    """table: where the same kernel is to rotate q and k and to append k and v: each row is the last token of its
-    sequence, so its position and its slot follow from the batch."""
+    """table, with the rows' positions: where the same kernel is to rotate q and k and to append k and v. Each row is
+    the last token of its sequence, so its slot follows from the batch."""
     num_heads = num_query_heads(qkv, layout)
     check_cache(kv_cache, layout)
     group_size, max_blocks = num_heads // layout.num_kv_heads, batch.block_tables.shape[1]
@@ -59,11 +60,12 @@ def attention_decode(
             kv_cache,
             batch.block_tables,
             table,
+            positions,
             slice_plan,
             records,
             out,
             np.int32(num_counters_of(layout)),
-            np.int32(max_blocks),
+            np.int32(batch.window or 0),
             np.int32(num_heads),
             np.int32(layout.num_kv_heads),
             np.int32(share_records),

@@ -30,7 +30,7 @@ struct SideCopier {
     __device__ __forceinline__ void copy(const Arguments& a, const Piece& piece) {
         HeadTile tile(a, piece.tile);
         bool has_new = piece.has_new_token(a);
-        int block = has_new ? a.block(piece.sequence, (piece.context - 1) / BLOCK_TOKENS) : 0;
+        int block = has_new ? a.block(piece.first_block, (piece.context - 1) / BLOCK_TOKENS) : 0;
         wait_barrier(side.free(), side.parity ^ 1);
         uint32 to = shared_address(side.bytes());
         if (threadIdx.x % WARP == 0) {
@@ -38,7 +38,7 @@ struct SideCopier {
             arrive(side.full());
         }
         if (a.table != nullptr && piece.context > 0)
-            copy_pieces(to + SIDE_TABLE, a.table + int64(piece.context - 1) * D, D * 4 / PIECE);
+            copy_pieces(to + SIDE_TABLE, a.table + int64(__ldcg(a.positions + piece.row)) * D, D * 4 / PIECE);
         grid_wait();
         const uint16* row = a.qkv + int64(piece.row) * a.row_size();
         const uint16* q = row + tile.first_head * D;
@@ -93,7 +93,7 @@ struct CacheCopier {
     // Lane l has the block of tokens at + 64 (l % 4) and on, 0 where there is none
     static __device__ __forceinline__ int block_of_lane(const Arguments& a, const Piece& piece, int at, int end) {
         int index = at / BLOCK_TOKENS + threadIdx.x % GROUP_BLOCKS;
-        return index * BLOCK_TOKENS < end ? a.block(piece.sequence, index) : 0;
+        return index * BLOCK_TOKENS < end ? a.block(piece.first_block, index) : 0;
     }
 
     static __device__ __forceinline__ const uint8* head_block(const Arguments& a, const HeadTile& tile, int block,

@@ -69,9 +69,10 @@ struct State {
         }
     }
 
-    // Scores of this warp's two tiles of a group's tokens, of which `count` count; -inf for those that don't.
+    // Scores of this warp's two tiles of a group's tokens, of which those from `oldest` (which may be below 0) to `count`
+    // count; -inf for those that don't.
     // `place` goes on to the values.
-    __device__ __forceinline__ void multiply_keys(Place& place, const NewToken& new_token, uint8* scales, int count,
+    __device__ __forceinline__ void multiply_keys(Place& place, const NewToken& new_token, uint8* scales, int oldest, int count,
                                                   float (&scores)[KEY_TILES][4]) const {
         int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4;
         float2 q_sums = reinterpret_cast<const float2*>(shared + Q_SUMS)[threadIdx.x % 4];  // of heads 2t and 2t + 1
@@ -91,7 +92,7 @@ struct State {
                 products(place.bytes(), token % STAGE, new_token.side.bytes(), scores[i]);
 #pragma unroll
                 for (int r = 0; r < 2; r++) 
-                    scale(scales, token + 8 * r + g, count, q_sums, scores[i][2 * r], scores[i][2 * r + 1]);
+                    scale(scales, token + 8 * r + g, oldest, count, q_sums, scores[i][2 * r], scores[i][2 * r + 1]);
             }
             arrive(place.free());
             place.advance();
@@ -99,8 +100,8 @@ struct State {
     }
 
     // The scores of a token with this lane's two heads
-    static __device__ __forceinline__ void scale(const uint8* scales, int token, int count, float2 q_sums, float& first,
-                                                 float& second) {
+    static __device__ __forceinline__ void scale(const uint8* scales, int token, int oldest, int count, float2 q_sums,
+                                                 float& first, float& second) {
         float scale = SCORE_SCALE;
         if constexpr (IS_FP16) {
             first *= scale;
@@ -112,8 +113,9 @@ struct State {
             first = fmaf(zero, q_sums.x, first * scale);
             second = fmaf(zero, q_sums.y, second * scale);
         }
-        first = token < count ? first : negative_infinity();
-        second = token < count ? second : negative_infinity();
+        bool counts = token >= oldest && token < count;
+        first = counts ? first : negative_infinity();
+        second = counts ? second : negative_infinity();
     }
 
     // Raises the maxima to those of all warps' scores

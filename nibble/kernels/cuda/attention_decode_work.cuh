@@ -11,10 +11,11 @@ struct Arguments {
     uint8* kv_cache;
     const int* block_tables;
     const float* table;  // null: q is rotated and this token's k and v are in the cache already
+    const int* positions;  // of the rows, for the table
     int* plan;
     float* records;
     uint16* out;
-    int num_counters, max_blocks, num_heads, num_kv_heads, share_records;
+    int num_counters, window, num_heads, num_kv_heads, share_records;
 
     __device__ __forceinline__ int group_size() const { return num_heads / num_kv_heads; }
     __device__ __forceinline__ int tiles() const { return (group_size() + HEADS - 1) / HEADS; }
@@ -28,8 +29,9 @@ struct Arguments {
         return {words.x, words.y, words.z, words.w};
     }
 
-    __device__ __forceinline__ int block(int sequence, int index) const {
-        return __ldcg(block_tables + int64(sequence) * max_blocks + index);
+    // `index` further on than first_block
+    __device__ __forceinline__ int block(int first_block, int index) const {
+        return __ldcg(block_tables + first_block + index);
     }
 };
 
@@ -74,11 +76,13 @@ struct Shares {
 
 // Splits first .. stop - 1 of a (row, head tile)
 struct __align__(16) Piece {
-    int row, sequence, context, flat;  // flat: of split 0
+    int row, first_block, context, flat;  // flat: of split 0
     int tile, first, stop, unused;
 
     __device__ __forceinline__ int start() const { return first * split_length(context); }
     __device__ __forceinline__ int end() const { return min(stop * split_length(context), context); }
+    // What lies before it is older than the window
+    __device__ __forceinline__ int oldest(const Arguments& a) const { return a.window == 0 ? 0 : max(0, context - a.window); }
     __device__ __forceinline__ bool is_whole() const { return stop - first == num_splits(context); }
 
     // Whether it holds the row's newest token, whose k and v are still in qkv
@@ -97,7 +101,7 @@ DEVICE Piece piece_at(const Arguments& a, const SplitEntry& entry, int flat, int
     int splits = num_splits(entry.context), local = flat - entry.first_entry * a.head_tiles();
     Piece piece;
     piece.row = entry.row;
-    piece.sequence = entry.sequence;
+    piece.first_block = entry.first_block;
     piece.context = entry.context;
     piece.tile = local / splits;
     piece.first = local % splits;

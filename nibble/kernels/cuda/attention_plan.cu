@@ -45,9 +45,9 @@ DEVICE int last_not_after(const int* starts, int count, int x) {
 // later finds the plan, what it was made of, and all that was written before, without grid_wait(). attention_decode.cu
 // relies on that.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    plan_decode(const int* query_starts, const int* context_lens, int num_sequences, int num_rows, int num_counters,
-                int plan_size, int* plans) {
-    __shared__ int row_sequence[THREADS], row_context[THREADS], row_first[THREADS];
+    plan_decode(const int* query_starts, const int* context_lens, int num_sequences, int num_rows, int max_blocks,
+                int window, int num_counters, int plan_size, int* plans) {
+    __shared__ int row_block[THREADS], row_context[THREADS], row_first[THREADS];
     grid_wait();
     int* plan = plans + int64(blockIdx.x) * plan_size;
     SplitEntry* entries = reinterpret_cast<SplitEntry*>(plan + PLAN_HEADER + num_counters);
@@ -58,8 +58,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         int row = first_row + threadIdx.x;
         int sequence = num_sequences == num_rows ? row : last_not_after(query_starts, num_sequences, row);
         int context = max(0, context_lens[sequence] - (query_starts[sequence + 1] - 1 - row));
+        int skipped = blocks_before(context, window);
+        context -= skipped * BLOCK_TOKENS;
         splits = num_splits(context);
-        row_sequence[threadIdx.x] = sequence;
+        row_block[threadIdx.x] = sequence * max_blocks + skipped;
         row_context[threadIdx.x] = context;
     }
     int num_entries, different;
@@ -74,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = threadIdx.x; i < num_counters; i += THREADS) plan[PLAN_HEADER + i] = 0;
     for (int i = threadIdx.x; i < num_entries; i += THREADS) {
         int r = last_not_after(row_first, rows, i);
-        entries[i] = {first_row + r, row_sequence[r], row_context[r], row_first[r]};
+        entries[i] = {first_row + r, row_block[r], row_context[r], row_first[r]};
     }
     __threadfence();
     __syncthreads();

@@ -19,11 +19,17 @@ DEVICE int num_splits(int num_tokens) {
     return max(1, (num_tokens + length - 1) / length);
 }
 
+// With a window of so many positions (0: none) a row sees none before the block that the window begins in; of that block
+// what is older is masked.
+DEVICE int blocks_before(int num_tokens, int window) {
+    return window == 0 ? 0 : max(0, num_tokens - window) / BLOCK_TOKENS;
+}
+
 // One split of a row: the same for all of a row's splits, so that the row of any split is found in one step.
 struct __align__(16) SplitEntry {
     int row;
-    int sequence;
-    int context;      // positions that the row sees: 0 .. context - 1
+    int first_block;  // in the block tables, of what the row sees: its sequence's first one, or the first in its window
+    int context;      // positions that the row sees, counted from the beginning of that block: 0 .. context - 1
     int first_entry;  // of the row's splits, which lie one after the other
 };
 

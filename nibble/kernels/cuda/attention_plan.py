@@ -39,7 +39,7 @@ def plan_attention(
 ) -> cupy.ndarray:
     """See `Kernels.plan_attention`. int32, each row a plan of attention_plan.cuh: for a slice of a decoding step's
     query rows, or for each possible number of query heads per kv head of a prompt step."""
-    assert batch.window is None, "a sliding window is not supported yet"
+    assert batch.window is None or batch.window > 0, f"the window is {batch.window}"
     num_sequences, max_blocks = batch.block_tables.shape
     for name, array, length in (
         ("query_starts", batch.query_starts, num_sequences + 1),
@@ -60,6 +60,8 @@ def plan_attention(
         batch.context_lens,
         np.int32(num_sequences),
         np.int32(num_tokens),
+        np.int32(max_blocks),
+        np.int32(batch.window or 0),
         np.int32(num_counters),
         np.int32(size),
         plan,

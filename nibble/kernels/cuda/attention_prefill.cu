@@ -10,6 +10,8 @@
 // products are spent on masked positions. A warp has ROW_TILES x 16 rows: their scores, softmax state and results are
 // in its registers ("FlashAttention-2", Dao 2023); q is in shared memory.
 //
+// With -DWINDOW=1 a row sees the newest `window` positions up to its own; keys and values are taken from there on.
+//
 // Keys and values are taken KEYS tokens at a time from position 0 on, in order: a row's additions do not depend on how
 // the prompt was cut into chunks, and rows that a tile's later keys are masked for multiply by exactly 1 and add 0.
 // INT8 becomes fp16 (q scale + zero, rounded once) in shared memory, once per thread block: each thread converts the
@@ -56,6 +58,10 @@ extern __shared__ __align__(128) uint8 shared[];
 constexpr float SCORE_SCALE = (D == 64 ? 0.125f : D == 96 ? 0.10206207262f : D == 128 ? 0.08838834765f : 0.0625f) *
                               1.44269504089f;  // 1 / sqrt(D), and softmax in powers of two
 constexpr float WEIGHT_EXPONENT = 6.0f;        // weights are scaled by 2^6: below 6e-5 fp16 loses bits
+// Below every score, and finite: a window can mask all of the first keys that a row meets, and no NaN must be made of
+// -inf - -inf
+constexpr float LOWEST = -1e30f;
+constexpr bool HAS_WINDOW = WINDOW;
 
 // The keys and values that this thread block reads: positions 0 .. stop - 1 of a sequence's kv head
 struct Context {
@@ -160,19 +166,20 @@ DEVICE void copy_fp16(const Context& context, int tile, uint8* tiles) {
 struct State {
     float acc[ROW_TILES][DIM_TILES][4];
     float maximum[ROW_TILES][2], total[ROW_TILES][2];  // total: of this lane's columns alone
-    int context, last, group_size;                     // what row r sees: context + min(last, r / group_size) positions
+    int context, last, group_size;                     // row r sees up to position context + min(last, r / group_size)
+    int window;                                        // and the last so many of them
     int least_visible, most_visible;                   // of the warp's rows
 
-    __device__ __forceinline__ void start(const TileEntry& entry, int heads) {
+    __device__ __forceinline__ void start(const TileEntry& entry, int heads, int newest) {
         int warp = threadIdx.x / WARP;
-        context = entry.context, last = entry.num_rows - 1, group_size = heads;
+        context = entry.context, last = entry.num_rows - 1, group_size = heads, window = newest;
 #pragma unroll
         for (int i = 0; i < ROW_TILES; i++) {
 #pragma unroll
             for (int n = 0; n < DIM_TILES; n++) acc[i][n][0] = acc[i][n][1] = acc[i][n][2] = acc[i][n][3] = 0.0f;
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                maximum[i][r] = negative_infinity();
+                maximum[i][r] = LOWEST;
                 total[i][r] = 0.0f;
             }
         }
@@ -189,7 +196,7 @@ struct State {
             float scores[ROW_TILES][KEY_TILES][4];
             uint32 weights[ROW_TILES][KEY_TILES][2];
             multiply_keys(keys, scores);
-            if (first + PART > least_visible) mask(first, scores);
+            if (first + PART > least_visible || (HAS_WINDOW && first < most_visible - window)) mask(first, scores);
             weigh(scores, weights);
             multiply_values(keys + TILE_BYTES, weights);
             keys += PART * Rows::STRIDE;
@@ -237,7 +244,8 @@ struct State {
                 for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
                     for (int j = 0; j < 2; j++)
-                        if (n * 8 + j >= first_hidden) scores[i][n][2 * r + j] = negative_infinity();
+                        if (HAS_WINDOW ? uint32(first_hidden - 1 - (n * 8 + j)) >= uint32(window) : n * 8 + j >= first_hidden)
+                            scores[i][n][2 * r + j] = negative_infinity();
             }
     }
 
@@ -336,13 +344,18 @@ DEVICE void copy_queries(const uint16* q, int num_rows, int group_size, int row_
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_prefill(const uint16* qkv, const uint8* kv_cache, const int* block_tables, const int* plan, uint16* out,
-                      int max_blocks, int num_heads, int num_kv_heads) {
+                      int max_blocks, int window, int num_heads, int num_kv_heads) {
     grid_launch_dependents();
     grid_wait();
     int index = blockIdx.x / num_kv_heads, kv_head = blockIdx.x % num_kv_heads;
     if (index >= plan[0]) return;
     int4 words = reinterpret_cast<const int4*>(plan + PLAN_HEADER)[index];
     TileEntry entry = {words.x, words.y, words.z, words.w};
+    if (HAS_WINDOW) {  // positions count from the block that the first row's window begins in
+        int skipped = blocks_before(entry.context, window);
+        entry.context -= skipped * BLOCK_TOKENS;
+        block_tables += skipped;
+    }
     int group_size = num_heads / num_kv_heads, num_rows = entry.num_rows * group_size;
     if (num_rows > ROWS) __trap();  // planned for another device
 
@@ -353,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     int num_tiles = (context.stop + KEYS - 1) / KEYS;
 
     State state;
-    state.start(entry, group_size);
+    state.start(entry, group_size, window);
     if constexpr (IS_FP16) {
         copy_fp16(context, 0, shared + TILES);
         for (int tile = 0; tile < num_tiles; tile++) {

@@ -19,7 +19,9 @@ from nibble.kernels.cuda.rope import HEAD_DIMS, defines, num_query_heads
 from nibble.kernels.interface import AttentionBatch
 from nibble.kernels.layout import KVLayout
 
-VARIANTS: tuple[Defines, ...] = tuple((("HEAD_DIM", d), ("KV_FP16", f)) for d in HEAD_DIMS for f in (0, 1))
+VARIANTS: tuple[Defines, ...] = tuple(
+    (("HEAD_DIM", d), ("KV_FP16", f), ("WINDOW", w)) for d in HEAD_DIMS for f in (0, 1) for w in (0, 1)
+)
 
 
 def attention_prefill(
@@ -35,7 +37,8 @@ def attention_prefill(
     group_size = num_heads // layout.num_kv_heads
     num_tiles = len(qkv) // (tile_rows_of(device, layout) // group_size) + len(batch.context_lens)
     out = device.empty((len(qkv), num_heads * layout.head_dim), np.float16)
-    kernel = device.kernel("attention_prefill", "attention_prefill", defines(layout))
+    variant = (*defines(layout), ("WINDOW", int(batch.window is not None)))
+    kernel = device.kernel("attention_prefill", "attention_prefill", variant)
     kernel.launch(
         (num_tiles * layout.num_kv_heads, 1, 1),
         prefill_block(device, layout),
@@ -45,6 +48,7 @@ def attention_prefill(
         plan[group_size - 1],
         out,
         np.int32(batch.block_tables.shape[1]),
+        np.int32(batch.window or 0),
         np.int32(num_heads),
         np.int32(layout.num_kv_heads),
         shared_bytes=LARGE_SHARED_BYTES if has_large_shared_memory(device) else SMALL_SHARED_BYTES,

@@ -13,6 +13,7 @@ typedef unsigned long long uint64;
 #define DEVICE static __device__ __forceinline__
 
 constexpr int WARP = 32;
+constexpr int BLOCK_TOKENS = 64;  // of a KV block, see layout.py
 constexpr uint32 FULL_WARP = 0xffffffffu;
 
 // ---- programmatic dependent launch --------------------------------------------------------------------------------

@@ -155,12 +155,12 @@ def one_attention(s: Sanitized, layout: KVLayout, group_size: int) -> None:
     context_lens = [1, 64, 65, 300]
     table = s.kernels.rope_table([10000.0 ** (-2 * i / layout.head_dim) for i in range(layout.head_dim // 2)], 320, 1.0)
     num_columns = (group_size + 2) * layout.num_kv_heads * layout.head_dim
-    for query_lens, mode in itertools.product(([1, 1, 1, 1], [1, 17, 1, 3]), Mode):
+    for query_lens, mode, window in itertools.product(([1, 1, 1, 1], [1, 17, 1, 3]), Mode, (None, 100)):
         cache, tables = sequences(s.rng, context_lens, layout)
         batch = attention_batch(query_lens, context_lens, tables)
         positions, slots = slots_of(batch)
         arrays = (batch.query_starts, batch.context_lens, batch.block_tables)
-        on_device = AttentionBatch(*(s.array(a, np.int32) for a in arrays))
+        on_device = AttentionBatch(*(s.array(a, np.int32) for a in arrays), window)
         kv_cache, qkv = s.array(cache, np.uint8), s.normal((len(positions), num_columns))
         plan = s.kernels.plan_attention(on_device, layout, len(positions), mode=mode)
         step = AttentionStep(on_device, s.array(positions, np.int32), s.array(slots, np.int64), table, plan)

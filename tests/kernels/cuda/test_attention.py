@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import reference
-from paged import attention_batch, sequences, slots_of
+from paged import attention_batch, poison_slots, sequences, slots_of
 
 from nibble.kernels.interface import AttentionBatch, AttentionStep, Mode
-from nibble.kernels.layout import KVDtype, KVLayout
+from nibble.kernels.layout import BLOCK_SIZE, KVDtype, KVLayout
 
 if TYPE_CHECKING:
     from nibble.kernels.cuda.backend import CUDAKernels
@@ -43,7 +44,8 @@ def tolerance(mode: Mode, head_dim: int) -> float:
 
 
 def on_device(kernels: CUDAKernels, batch: AttentionBatch) -> AttentionBatch:
-    return AttentionBatch(*(kernels.to_device(a) for a in (batch.query_starts, batch.context_lens, batch.block_tables)))
+    arrays = (batch.query_starts, batch.context_lens, batch.block_tables)
+    return AttentionBatch(*(kernels.to_device(a) for a in arrays), batch.window)
 
 
 def random_qkv(rng: np.random.Generator, num_tokens: int, num_heads: int, layout: KVLayout) -> np.ndarray:
@@ -74,10 +76,14 @@ def assert_matches(
     query_lens: list[int],
     context_lens: list[int],
     mode: Mode,
+    window: int | None = None,
 ) -> None:
-    """Attention over random sequences of these lengths, against the reference."""
+    """Attention over random sequences of these lengths, against the reference. Blocks out of sight are poisoned."""
     cache, tables = sequences(rng, context_lens, layout)
-    batch = attention_batch(query_lens, context_lens, tables)
+    for table, query_len, context_len in zip(tables, query_lens, context_lens, strict=True):
+        for block in table[: max(0, context_len - query_len + 1 - (window or context_len)) // BLOCK_SIZE]:
+            poison_slots(cache, block, 0, layout)
+    batch = replace(attention_batch(query_lens, context_lens, tables), window=window)
     qkv = random_qkv(rng, sum(query_lens), num_heads, layout)
     out = attend(kernels, qkv, cache, batch, layout, mode)
     assert np.abs(out - expected_of(qkv, cache, batch, layout)).max() <= tolerance(mode, layout.head_dim)
@@ -101,6 +107,36 @@ def test_ragged_batch(
 ) -> None:
     query_lens, context_lens = [1, 17, 1, 40, 5, 1, 150, 63], [1, 17, 64, 70, 200, 300, 150, 500]
     assert_matches(kernels, rng, num_heads, layout, query_lens, context_lens, mode)
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("window", [1, 37, 64, 256, 300, 4096, 100_000])
+@pytest.mark.parametrize(
+    ("num_heads", "layout"),
+    [(9, KVLayout(3, 64)), (8, KVLayout(2, 128)), (8, KVLayout(2, 128, KVDtype.FP16)), (2, KVLayout(1, 256))],
+    ids=str,
+)
+def test_a_window_hides_what_is_older(
+    kernels: CUDAKernels, rng: np.random.Generator, num_heads: int, layout: KVLayout, window: int, mode: Mode
+) -> None:
+    assert_matches(kernels, rng, num_heads, layout, [1] * len(LENGTHS), LENGTHS, mode, window)
+    query_lens, context_lens = [1, 17, 1, 40, 5, 1, 150, 263, 1], [1, 17, 64, 70, 200, 700, 150, 500, 9000]
+    assert_matches(kernels, rng, num_heads, layout, query_lens, context_lens, mode, window)
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("window", [40, 100, 300])
+def test_with_a_window_too_a_row_does_not_depend_on_the_others(
+    kernels: CUDAKernels, rng: np.random.Generator, window: int, mode: Mode
+) -> None:
+    layout = KVLayout(3, 64)
+    cache, tables = sequences(rng, [730], layout)
+    on_gpu, qkv = kernels.to_device(cache), random_qkv(rng, 730, 9, layout)
+    whole = attend(kernels, qkv, on_gpu, replace(attention_batch([730], [730], tables), window=window), layout, mode)
+    for start, stop in ((0, 128), (128, 129), (129, 200), (200, 730)):
+        batch = replace(attention_batch([stop - start], [stop], tables), window=window)
+        out = attend(kernels, qkv[start:stop], on_gpu, batch, layout, mode)
+        np.testing.assert_array_equal(out, whole[start:stop])
 
 
 @pytest.mark.parametrize("dtype", KVDtype)
@@ -190,19 +226,21 @@ def device_step(
 
 @pytest.mark.parametrize("mode", Mode)
 @pytest.mark.parametrize("query_lens", [None, [1, 1, 3, 1, 20, 1, 1]])
+@pytest.mark.parametrize("window", [None, 100])
 @every_shape
 def test_fused_attention_equals_its_parts(
     kernels: CUDAKernels,
     rng: np.random.Generator,
     num_heads: int,
     layout: KVLayout,
+    window: int | None,
     query_lens: list[int] | None,
     mode: Mode,
 ) -> None:
     context_lens = [1, 2, 64, 65, 129, 256, 1025]
     query_lens = query_lens or [1] * len(context_lens)
     cache, tables = sequences(rng, context_lens, layout)
-    batch = attention_batch(query_lens, context_lens, tables)
+    batch = replace(attention_batch(query_lens, context_lens, tables), window=window)
     qkv = random_qkv(rng, sum(query_lens), num_heads, layout)
     half = layout.head_dim // 2
     table = kernels.rope_table([10000.0 ** (-i / half) for i in range(half)], 2048, 1.0)
