@@ -1,4 +1,4 @@
-"""The tokens of one choice to the text that a client sees.
+"""The tokens of one choice to the text that a client sees, and to the parts of it: reasoning, content, tool calls.
 
 A pure function of the token log: how the tokens were grouped into events changes neither the text nor the counts.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nibble.engine.protocol import FinishReason, RequestMetrics, TokenEvent
+from nibble.service.gateway.answer_parser import AnswerParser, Parts
 from nibble.service.gateway.detokenizer import Detokenizer
 from nibble.service.gateway.logprobs import LogprobTrack, TokenLogprob
 from nibble.service.gateway.plan import Plan
@@ -18,8 +19,8 @@ class Choice:
     """State of one choice.
 
     num_tokens: generated tokens so far, the end-of-sequence token included, but none after a stop string.
-    finish_reason: set with the last text. is_stream_done: whether the engine is done too; it is not when a stop string
-    ended the choice, and then has to be told.
+    num_reasoning_tokens: those of them that are reasoning. finish_reason: set with the last text. is_stream_done:
+    whether the engine is done too; it is not when a stop string ended the choice, and then has to be told.
     """
 
     __slots__ = (
@@ -29,6 +30,7 @@ class Choice:
         "_min_tokens",
         "_num_decoded",
         "_num_sent",
+        "_parser",
         "_pending",
         "_prompt",
         "_scanner",
@@ -37,6 +39,7 @@ class Choice:
         "finish_reason",
         "is_stream_done",
         "metrics",
+        "num_reasoning_tokens",
         "num_tokens",
     )
 
@@ -50,11 +53,13 @@ class Choice:
         self._num_sent = 0  # characters
         self._is_cut = False  # by a stop string
         self._scanner = StopScanner(plan.stops, include_stop=plan.include_stop) if plan.stops else None
+        self._parser = AnswerParser(plan.format, plan.requests[index].request_id) if plan.format else None
         self._min_tokens = plan.requests[0].sampling.min_tokens
         self._stop_token_ids = frozenset(plan.requests[0].sampling.stop_token_ids)
         self._pending: list[int] = []  # the newest token if it may be a stop token whose finish reason is still to come
         self._shows_stop = plan.include_stop
         self.num_tokens = 0
+        self.num_reasoning_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.is_stream_done = False
         self.metrics: RequestMetrics | None = None
@@ -67,6 +72,17 @@ class Choice:
         text += self._push(event)
         self._num_sent += len(text)
         return text
+
+    def take_parts(self) -> Parts | None:
+        """What the text that `push` has returned is made of; None: it is content, all of it."""
+        return self._parser.take() if self._parser is not None else None
+
+    @property
+    def told_reason(self) -> str | None:
+        """OpenAI's name of the finish reason. One that made calls did so to its end, and ended by itself."""
+        if self._parser is None or self.finish_reason is not FinishReason.STOP or self._is_cut:
+            return self.finish_reason
+        return "tool_calls" if self._parser.has_whole_calls else self.finish_reason
 
     def take_logprobs(self) -> Sequence[TokenLogprob]:
         """Those of the text that `push` has returned."""
@@ -86,12 +102,16 @@ class Choice:
             token_ids = token_ids[:-1] if self._pending else token_ids
         num_hidden = 1 if reason is FinishReason.STOP and self._hides_last(token_ids) else 0
         visible = token_ids[:-1] if num_hidden else token_ids
-        if self._scanner is None and self._logprobs is None:
+        parser = self._parser
+        if self._scanner is None and self._logprobs is None and (parser is None or not parser.can_be_reasoning):
             self.num_tokens += len(visible)
             text = self._detokenizer.push(visible)
+            if parser is not None:
+                parser.push(text)
         else:
             text = self._push_singly(visible)
             if self.finish_reason is not None:
+                self._parse_end("")
                 return text
         self.num_tokens += num_hidden
         if reason is None:
@@ -122,7 +142,7 @@ class Choice:
         return bool(token_ids) and token_ids[-1] in self._stop_token_ids and not self._shows_stop
 
     def _push_singly(self, token_ids: list[int]) -> str:
-        """One token at a time, so that the count ends with the token that completed a stop string."""
+        """One token at a time, so that counts end with the token that completed a stop string, or the reasoning."""
         texts = []
         for token_id in token_ids:
             self.num_tokens += 1
@@ -133,19 +153,31 @@ class Choice:
             if self._scanner is not None and self.num_tokens >= self._min_tokens:  # before, text may hold stop strings
                 text, self._is_cut = self._scanner.push(text)
             texts.append(text)
+            if self._parser is not None:
+                self._parse(self._parser, text)
             if self._is_cut:
                 self.finish_reason = FinishReason.STOP
                 break
         return "".join(texts)
 
+    def _parse(self, parser: AnswerParser, text: str) -> None:
+        """The text of one token."""
+        was_reasoning = parser.is_reasoning
+        parser.push(text)
+        self.num_reasoning_tokens += was_reasoning or parser.is_reasoning
+
+    def _parse_end(self, text: str) -> None:
+        if self._parser is not None:
+            self._parser.push(text)
+            self._parser.finish()
+
     def _flush(self) -> str:
         text = self._detokenizer.flush()
-        if self._scanner is None:
-            return text
-        text, is_stopped = self._scanner.push(text)
-        if not is_stopped:
-            return text + self._scanner.flush()
-        self._is_cut = True
-        if self.finish_reason is FinishReason.LENGTH:
-            self.finish_reason = FinishReason.STOP
+        if self._scanner is not None:
+            text, self._is_cut = self._scanner.push(text)
+            if not self._is_cut:
+                text += self._scanner.flush()
+            elif self.finish_reason is FinishReason.LENGTH:
+                self.finish_reason = FinishReason.STOP
+        self._parse_end(text)
         return text

@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from nibble.service.gateway.answer_parser import Answer, Parts
 from nibble.service.gateway.generation import Delta, Generation, Usage
 from nibble.service.gateway.logprobs import TokenLogprob
 from nibble.service.gateway.shapes import Shape
@@ -50,7 +51,7 @@ class ChunkEncoder:
         self._heads = []
         self._tails = []
         for choice in range(num_choices):
-            head, tail = self._chunk(shape.chunk(choice, _TEXT, None, None)).split(orjson.dumps(_TEXT))
+            head, tail = self._chunk(shape.chunk(choice, Parts("", _TEXT, ()), None, None)).split(orjson.dumps(_TEXT))
             self._heads.append(b"\ndata: " + head)
             self._tails.append(tail + b"\n\n")
         self._id = f"id: {identity.request_id}:".encode()
@@ -61,12 +62,13 @@ class ChunkEncoder:
         return b"".join(self._event(self._chunk(choice)) for choice in choices if choice is not None)
 
     def delta(self, delta: Delta) -> bytes:
-        choice, text, finish_reason, num_tokens, logprobs = delta
+        choice, text, finish_reason, num_tokens, logprobs, reasoning, calls = delta
         self._positions[choice] = num_tokens
         events = b""
-        if self._has_logprobs:
-            if text or logprobs:
-                events = self._event(self._chunk(self._shape.chunk(choice, text, logprobs, None)))
+        if self._has_logprobs or reasoning or calls:
+            if text or logprobs or reasoning or calls:
+                parts, shown = Parts(reasoning, text, calls), logprobs if self._has_logprobs else None
+                events = self._event(self._chunk(self._shape.chunk(choice, parts, shown, None)))
         elif text:
             position = b"%d" % num_tokens if len(self._positions) == 1 else self._position()
             events = b"".join((self._id, position, self._heads[choice], orjson.dumps(text), self._tails[choice]))
@@ -98,18 +100,18 @@ class ChunkEncoder:
 
 async def fold(generation: Generation, identity: Identity, shape: Shape) -> bytes:
     """Return the whole answer as JSON. Raises ApiError."""
-    texts: list[list[str]] = [[] for _ in generation.choices]
+    answers = [Answer() for _ in generation.choices]
     logprobs: list[list[TokenLogprob]] = [[] for _ in generation.choices]
-    reasons = [""] * len(texts)
+    reasons = [""] * len(answers)
     async for delta in generation.deltas():
-        texts[delta.choice].append(delta.text)
+        answers[delta.choice].add(delta.reasoning, delta.text, delta.calls)
         logprobs[delta.choice] += delta.logprobs
         if delta.finish_reason is not None:
             reasons[delta.choice] = delta.finish_reason
     has_logprobs = generation.plan.num_logprobs is not None
     choices = [
-        shape.whole(index, "".join(parts), own_logprobs if has_logprobs else None, reason)
-        for index, (parts, own_logprobs, reason) in enumerate(zip(texts, logprobs, reasons, strict=True))
+        shape.whole(index, answer, own_logprobs if has_logprobs else None, reason)
+        for index, (answer, own_logprobs, reason) in enumerate(zip(answers, logprobs, reasons, strict=True))
     ]
     usage = generation.usage().openai_json()
     return orjson.dumps({**_common(identity, shape.whole_object), "choices": choices, "usage": usage})

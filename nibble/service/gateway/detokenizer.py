@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 from tokenizers import Tokenizer
@@ -45,21 +46,31 @@ T = TypeVar("T")
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
-def detokenizer_factory(tokenizer: Tokenizer) -> Callable[[bool], Detokenizer]:
-    """Return `make(skip_special_tokens)`. Raises UnsupportedDecoder."""
+class DetokenizerFactory(Protocol):
+    def __call__(self, skip_special_tokens: bool, shown: frozenset[str] = frozenset()) -> Detokenizer:
+        """One at the start of its text. shown: special tokens that are never skipped."""
+        ...
+
+
+def detokenizer_factory(tokenizer: Tokenizer) -> DetokenizerFactory:
+    """Raises UnsupportedDecoder."""
     decoder = json.loads(tokenizer.to_str())["decoder"]
     stages = _stages(decoder)
     names = [stage["type"] for stage in stages]
     if names == ["ByteLevel"]:
-        bytes_of = {skip: _Pieces(tokenizer, skip, byte_level_piece, b"") for skip in (False, True)}
-        return lambda skip_special_tokens: ByteLevelDetokenizer(bytes_of[skip_special_tokens])
+
+        @cache
+        def bytes_of(skip: bool, shown: frozenset[str]) -> _Pieces[bytes]:
+            return _Pieces(tokenizer, skip, byte_level_piece, b"", shown)
+
+        return lambda skip_special_tokens, shown=frozenset(): ByteLevelDetokenizer(bytes_of(skip_special_tokens, shown))
     rules = _piece_rules(stages)
 
-    def to_piece(token: str) -> str | int:
-        return _sentencepiece_piece(token, rules)
+    @cache
+    def pieces_of(skip: bool, shown: frozenset[str]) -> _Pieces[str | int | None]:
+        return _Pieces(tokenizer, skip, lambda token: _sentencepiece_piece(token, rules), None, shown)
 
-    pieces_of = {skip: _Pieces[str | int | None](tokenizer, skip, to_piece, None) for skip in (False, True)}
-    return lambda skip_special_tokens: PieceDetokenizer(pieces_of[skip_special_tokens], rules)
+    return lambda skip_special_tokens, shown=frozenset(): PieceDetokenizer(pieces_of(skip_special_tokens, shown), rules)
 
 
 def token_bytes_function(tokenizer: Tokenizer) -> Callable[[int], bytes]:
@@ -69,7 +80,7 @@ def token_bytes_function(tokenizer: Tokenizer) -> Callable[[int], bytes]:
     """
     stages = _stages(json.loads(tokenizer.to_str())["decoder"])
     if [stage["type"] for stage in stages] == ["ByteLevel"]:
-        return _Pieces(tokenizer, False, byte_level_piece, b"").__getitem__
+        return _Pieces(tokenizer, False, byte_level_piece, b"", frozenset()).__getitem__
     rules = _piece_rules(stages)
 
     def to_bytes(token: str) -> bytes:
@@ -80,7 +91,7 @@ def token_bytes_function(tokenizer: Tokenizer) -> Callable[[int], bytes]:
             piece = piece.replace(old, new)
         return piece.encode()
 
-    return _Pieces(tokenizer, False, to_bytes, b"").__getitem__
+    return _Pieces(tokenizer, False, to_bytes, b"", frozenset()).__getitem__
 
 
 class ByteLevelDetokenizer:
@@ -166,14 +177,21 @@ class _Pieces(dict[int, T]):
     """token id -> piece, filled on first use; `dropped` for ids that decode to nothing."""
 
     def __init__(
-        self, tokenizer: Tokenizer, skip_special_tokens: bool, to_piece: Callable[[str], T], dropped: T
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool,
+        to_piece: Callable[[str], T],
+        dropped: T,
+        shown: frozenset[str],
     ) -> None:
         super().__init__()
         self._tokenizer = tokenizer
         self._to_piece = to_piece
         self._dropped = dropped
         added = tokenizer.get_added_tokens_decoder()
-        self._skipped = frozenset(i for i, token in added.items() if skip_special_tokens and token.special)
+        self._skipped = frozenset(
+            i for i, token in added.items() if skip_special_tokens and token.special and token.content not in shown
+        )
 
     def __missing__(self, token_id: int) -> T:
         token = None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)

@@ -21,6 +21,7 @@ from nibble.service.gateway.errors import ApiError, Cancelled, DeadlineExceeded,
 from nibble.service.gateway.gateway import Gateway
 from nibble.service.gateway.logprobs import TokenLogprob
 from nibble.service.gateway.plan import Plan
+from nibble.service.gateway.tool_call_parser import CallDelta
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 class Delta(NamedTuple):
     """What is new of one choice; finish_reason on its last delta alone. num_tokens: of this choice so far.
 
-    logprobs: of the tokens that begin in the text, if they were asked for.
+    logprobs: of the tokens that begin in what was generated, if they were asked for. text: the content alone.
     """
 
     choice: int
@@ -36,15 +37,18 @@ class Delta(NamedTuple):
     finish_reason: str | None
     num_tokens: int
     logprobs: Sequence[TokenLogprob] = ()
+    reasoning: str = ""
+    calls: Sequence[CallDelta] = ()
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one request. Cached ones are part of the prompt's."""
+    """Tokens of one request. Cached ones are part of the prompt's, reasoning ones of the completion's."""
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    reasoning_tokens: int = 0
 
     def openai_json(self) -> dict[str, object]:
         """OpenAI's usage object."""
@@ -53,7 +57,7 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 
 
@@ -63,7 +67,7 @@ class Generation:
     def __init__(self, plan: Plan, gateway: Gateway) -> None:
         self.plan = plan
         self.choices = [
-            Choice(plan, gateway.model.make_detokenizer(plan.skip_special_tokens), index)
+            Choice(plan, gateway.model.make_detokenizer(plan.skip_special_tokens, plan.shown_tokens), index)
             for index in range(len(plan.requests))
         ]
         self.interrupted: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
@@ -114,6 +118,7 @@ class Generation:
                 for choices in prompts
             ),
             completion_tokens=sum(choice.num_tokens for choice in self.choices),
+            reasoning_tokens=sum(choice.num_reasoning_tokens for choice in self.choices),
         )
 
     async def close(self, error: ApiError | None = None) -> None:
@@ -132,10 +137,10 @@ class Generation:
                 reason = choice.finish_reason
                 if reason is FinishReason.ERROR or reason is FinishReason.ABORT:
                     if text:
-                        yield Delta(index, text, None, choice.num_tokens, choice.take_logprobs())
+                        yield self._delta(index, text, None)
                     raise self._failure(event, reason)
                 if text or reason is not None:
-                    yield Delta(index, text, reason, choice.num_tokens, choice.take_logprobs())
+                    yield self._delta(index, text, choice.told_reason)
                 if reason is not None:
                     break
             assert choice.finish_reason is not None, f"{self.plan.request_id}: the stream ended without a last event"
@@ -143,6 +148,14 @@ class Generation:
             raise from_broker(error) from error
         if not choice.is_stream_done:
             await self._abort(index, FinishReason.STOP)
+
+    def _delta(self, index: int, text: str, reason: str | None) -> Delta:
+        choice = self.choices[index]
+        parts = choice.take_parts()
+        if parts is None:
+            return Delta(index, text, reason, choice.num_tokens, choice.take_logprobs())
+        reasoning, content, calls = parts
+        return Delta(index, content, reason, choice.num_tokens, choice.take_logprobs(), reasoning, calls)
 
     async def _merged_deltas(self) -> AsyncIterator[Delta]:
         queue: asyncio.Queue[Delta | asyncio.Task[None]] = asyncio.Queue()

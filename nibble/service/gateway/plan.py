@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from nibble.engine.protocol import GenerationRequest
+from nibble.service.gateway.answer_parser import AnswerFormat
 from nibble.service.gateway.errors import InvalidRequest
 from nibble.service.gateway.sampling import Wishes, choice_seed, sampling_params
 from nibble.service.gateway.schema.sampling import SamplingBody
@@ -58,7 +59,13 @@ class Plan:
     service_tier: str
     ignored: tuple[str, ...]
     echoes: bool = False  # the prompt, too, is part of the text
+    format: AnswerFormat | None = None  # how a text is taken apart; None: all of it is content
     continues_prompt: bool = False  # the text goes on where the prompt ends, in the middle of a sentence
+
+    @property
+    def shown_tokens(self) -> frozenset[str]:
+        """Special tokens that are text although special ones are skipped: a parser needs them."""
+        return self.format.markers if self.format is not None else frozenset()
 
     @property
     def num_logprobs(self) -> int | None:
@@ -111,6 +118,7 @@ def make_plan(
         service_tier=service_tier,
         ignored=wishes.ignored,
         echoes=wishes.echoes,
+        format=wishes.format,
         continues_prompt=wishes.continues_prompt,
     )
 

@@ -127,8 +127,9 @@ class StreamResponse(_GenerationResponse):
             await send_chunk({"type": "http.response.body", "body": opening, "more_body": True})
         self._last_sent_s = time.monotonic()
         async for delta in generation.deltas():
-            await send_chunk({"type": "http.response.body", "body": encoder.delta(delta), "more_body": True})
-            self._last_sent_s = time.monotonic()
+            if events := encoder.delta(delta):
+                await send_chunk({"type": "http.response.body", "body": events, "more_body": True})
+                self._last_sent_s = time.monotonic()
         return encoder.closing(generation.usage())
 
     async def _keep_alive(self, receive: Receive, send_chunk: Send) -> None:

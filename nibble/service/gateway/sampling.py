@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nibble.engine.protocol import GrammarSpec, InvalidSampling, SamplingParams, check_sampling
+from nibble.service.gateway.answer_parser import AnswerFormat
 from nibble.service.gateway.errors import ContextLengthExceeded, InvalidRequest
 from nibble.service.gateway.schema.sampling import MAX_BIAS, SamplingBody
 from nibble.service.gateway.served_model import ServedModel
@@ -29,6 +30,7 @@ class Wishes:
     echoes: bool = False
     continues_prompt: bool = False
     grammar: GrammarSpec | None = None
+    format: AnswerFormat | None = None
 
 
 def sampling_params(

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from nibble.grammar.compiler import GrammarCompiler
 from nibble.service.gateway.chat_template import ChatTemplate
-from nibble.service.gateway.detokenizer import Detokenizer, detokenizer_factory, token_bytes_function
+from nibble.service.gateway.detokenizer import DetokenizerFactory, detokenizer_factory, token_bytes_function
 from nibble.service.gateway.structured_output import GrammarChecker
 
 # A Unicode normal form can make a text at most this many times shorter in UTF-8 (three jamo to one Hangul syllable).
@@ -45,7 +45,7 @@ class ServedModel:
     chat_template: ChatTemplate | None
     tokenizer: Tokenizer
     grammars: GrammarChecker
-    make_detokenizer: Callable[[bool], Detokenizer]
+    make_detokenizer: DetokenizerFactory
     token_bytes: Callable[[int], bytes]  # what a token stands for by itself
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:

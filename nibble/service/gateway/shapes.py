@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from nibble.service.gateway.answer_parser import Answer, Parts
 from nibble.service.gateway.logprobs import TokenLogprob
+from nibble.service.gateway.tool_call_parser import CallDelta
 
 Logprobs = Sequence[TokenLogprob]
 
 
 class Shape(Protocol):
-    """`logprobs` is None where none were asked for; text None: there is no more."""
+    """`logprobs` is None where none were asked for; parts None: there are no more."""
 
     chunk_object: str
     whole_object: str
@@ -20,10 +22,10 @@ class Shape(Protocol):
         """The first chunk's choice, before there is any text."""
 
     def chunk(
-        self, choice: int, text: str | None, logprobs: Logprobs | None, finish_reason: str | None
+        self, choice: int, parts: Parts | None, logprobs: Logprobs | None, finish_reason: str | None
     ) -> dict[str, Any]: ...
 
-    def whole(self, choice: int, text: str, logprobs: Logprobs | None, finish_reason: str) -> dict[str, Any]: ...
+    def whole(self, choice: int, answer: Answer, logprobs: Logprobs | None, finish_reason: str) -> dict[str, Any]: ...
 
 
 class ChatShape:
@@ -39,20 +41,20 @@ class ChatShape:
         return self._chunk(choice, {"role": "assistant", "content": ""}, None, None)
 
     def chunk(
-        self, choice: int, text: str | None, logprobs: Logprobs | None, finish_reason: str | None
+        self, choice: int, parts: Parts | None, logprobs: Logprobs | None, finish_reason: str | None
     ) -> dict[str, Any]:
-        return self._chunk(choice, {} if text is None else {"content": text}, logprobs, finish_reason)
+        return self._chunk(choice, {} if parts is None else _delta(parts), logprobs, finish_reason)
 
-    def whole(self, choice: int, text: str, logprobs: Logprobs | None, finish_reason: str) -> dict[str, Any]:
+    def whole(self, choice: int, answer: Answer, logprobs: Logprobs | None, finish_reason: str) -> dict[str, Any]:
         return {
             "index": choice,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": _message(answer),
             "logprobs": self._logprobs(logprobs),
             "finish_reason": finish_reason,
         }
 
     def _chunk(
-        self, choice: int, delta: dict[str, str], logprobs: Logprobs | None, finish_reason: str | None
+        self, choice: int, delta: dict[str, Any], logprobs: Logprobs | None, finish_reason: str | None
     ) -> dict[str, Any]:
         return {
             "index": choice,
@@ -78,6 +80,36 @@ class ChatShape:
         return {"token": own_bytes.decode(errors="replace"), "logprob": logprob, "bytes": list(own_bytes)}
 
 
+def _delta(parts: Parts) -> dict[str, Any]:
+    reasoning, content, calls = parts
+    delta: dict[str, Any] = {"content": content} if content or not (reasoning or calls) else {}
+    if reasoning:
+        delta |= {"reasoning_content": reasoning, "reasoning": reasoning}
+    if calls:
+        delta["tool_calls"] = [_call_delta(call) for call in calls]
+    return delta
+
+
+def _call_delta(call: CallDelta) -> dict[str, Any]:
+    if call.name is None:
+        return {"index": call.call, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.call, "id": call.id, "type": "function", "function": function}
+
+
+def _message(answer: Answer) -> dict[str, Any]:
+    content = None if answer.calls and not answer.content else answer.content
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if answer.reasoning:
+        message |= {"reasoning_content": answer.reasoning, "reasoning": answer.reasoning}
+    if answer.calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in answer.calls
+        ]
+    return message
+
+
 class TextShape:
     """Source: https://platform.openai.com/docs/api-reference/completions."""
 
@@ -90,17 +122,17 @@ class TextShape:
         return None
 
     def chunk(
-        self, choice: int, text: str | None, logprobs: Logprobs | None, finish_reason: str | None
+        self, choice: int, parts: Parts | None, logprobs: Logprobs | None, finish_reason: str | None
     ) -> dict[str, Any]:
         return {
             "index": choice,
-            "text": text or "",
+            "text": parts.content if parts is not None else "",
             "logprobs": self._logprobs(logprobs),
             "finish_reason": finish_reason,
         }
 
-    def whole(self, choice: int, text: str, logprobs: Logprobs | None, finish_reason: str) -> dict[str, Any]:
-        return self.chunk(choice, text, logprobs, finish_reason)
+    def whole(self, choice: int, answer: Answer, logprobs: Logprobs | None, finish_reason: str) -> dict[str, Any]:
+        return self.chunk(choice, Parts("", answer.content, ()), logprobs, finish_reason)
 
     def _logprobs(self, logprobs: Logprobs | None) -> dict[str, Any] | None:
         if logprobs is None:
