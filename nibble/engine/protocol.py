@@ -143,6 +143,8 @@ class GrammarKind(StrEnum):
     REGEX = "regex"  # Rust's syntax, of the whole output
     LARK = "lark"  # llguidance's dialect of Lark
     CHOICE = "choice"  # a JSON list of strings
+    # A JSON object: `lark`, in which @name stands for one of `parts`: name -> [kind, text].
+    COMPOSED = "composed"
 
 
 class GrammarSpec(msgspec.Struct, frozen=True, array_like=True):

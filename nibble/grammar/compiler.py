@@ -28,6 +28,7 @@ MAX_BYTES = {
     GrammarKind.REGEX: 8 << 10,  # the time to build an automaton grows with the square
     GrammarKind.LARK: 32 << 10,
     GrammarKind.CHOICE: 64 << 10,
+    GrammarKind.COMPOSED: 512 << 10,
 }
 # Between the tokens of JSON: what a writer of compact or of indented JSON puts there. Without a bound a weak model can
 # write blanks until it runs out of tokens.
@@ -83,6 +84,11 @@ class GrammarCompiler:
                 self._matchers.popitem(last=False)
             return matcher.deep_copy()
 
+    def special_token(self, text: str) -> int | None:
+        """The id of a token that is not text in a grammar: in Lark it is written <[id]>. Raises GrammarError."""
+        token_ids = self.tokenizer.tokenize_str(text)
+        return token_ids[0] if len(token_ids) == 1 and self.tokenizer.is_special_token(token_ids[0]) else None
+
     def check(self, spec: GrammarSpec) -> None:
         """Raise GrammarError if the grammar cannot be enforced. Its first tokens are tried too, as grammars compile
         lazily: some turn out to be too large, or to allow nothing, only then."""
@@ -99,10 +105,8 @@ class GrammarCompiler:
             raise GrammarError(_message(matcher))
 
     def _compile(self, spec: GrammarSpec) -> LLMatcher:
-        num_bytes, limit = len(spec.text.encode()), MAX_BYTES[spec.kind]
-        if num_bytes > limit:
-            raise GrammarError(f"it has {num_bytes} bytes, the limit is {limit}")
-        matcher = LLMatcher(self.tokenizer, _grammar(spec), log_level=0, limits=self._limits)
+        grammar = json.dumps({"grammars": _grammars(spec)})
+        matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise GrammarError(_message(matcher))
         if warnings := matcher.get_grammar_warnings():
@@ -110,33 +114,49 @@ class GrammarCompiler:
         return matcher
 
 
-def _grammar(spec: GrammarSpec) -> str:
-    """As llguidance reads it. Raises GrammarError."""
+def _grammars(spec: GrammarSpec) -> list[dict[str, Any]]:
+    """As llguidance reads them; the first one is the text's, and can refer to the others. Raises GrammarError."""
+    num_bytes, limit = len(spec.text.encode()), MAX_BYTES[spec.kind]
+    if num_bytes > limit:
+        raise GrammarError(f"it has {num_bytes} bytes, the limit is {limit}")
+    if spec.kind is not GrammarKind.COMPOSED:
+        return [_grammar(spec)]
+    composed = _read_json(spec.text)
+    parts = composed["parts"].items()
+    return [
+        {"lark_grammar": composed["lark"]},
+        *({"name": name, **_grammar(GrammarSpec(GrammarKind(kind), text))} for name, (kind, text) in parts),
+    ]
+
+
+def _grammar(spec: GrammarSpec) -> dict[str, Any]:
     match spec.kind:
         case GrammarKind.JSON_SCHEMA:
             return _json_grammar(_read_json(spec.text))
         case GrammarKind.JSON_OBJECT:
             return _json_grammar({"type": "object"})
         case GrammarKind.REGEX:
-            return LLMatcher.grammar_from_regex(spec.text)
+            grammar: dict[str, Any] = json.loads(LLMatcher.grammar_from_regex(spec.text))["grammars"][0]
+            return {"lark_grammar": grammar["lark_grammar"]}
         case GrammarKind.LARK:
             if match := _TEMPERATURE.search(spec.text):
                 line = spec.text.count("\n", 0, match.start()) + 1
                 raise GrammarError(f"temperature at line {line} cannot be enforced")
-            return LLMatcher.grammar_from_lark(spec.text)
+            return {"lark_grammar": spec.text}
         case GrammarKind.CHOICE:
-            return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {_alternatives(_read_json(spec.text))}")
+            return {"lark_grammar": f"start: CHOICE\nCHOICE: {_alternatives(_read_json(spec.text))}"}
+        case GrammarKind.COMPOSED:
+            raise AssertionError("a composed grammar is no part of another")
 
 
-def _json_grammar(schema: Any) -> str:
+def _json_grammar(schema: Any) -> dict[str, Any]:
     if not isinstance(schema, dict | bool):
         raise GrammarError(f"a schema is an object or a boolean, got {type(schema).__name__}")
     prepare_schema(schema)
-    grammar = {"json_schema": schema}
     if isinstance(schema, dict):
         options = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": WHITESPACE}
-        grammar = {"json_schema": {**schema, "x-guidance": options}}
-    return json.dumps({"grammars": [grammar]})
+        schema = {**schema, "x-guidance": options}
+    return {"json_schema": schema}
 
 
 def _alternatives(choices: Any) -> str:

@@ -35,7 +35,12 @@ _BODIES = (ChatCompletionRequest, CompletionRequest)
 
 def create_gateway(settings: GatewaySettings) -> Gateway:
     """Read the model's files; nothing is connected yet. Raises ModelFilesError, UnsupportedDecoder."""
-    model = load_served_model(settings.model_dir, settings.model_name)
+    model = load_served_model(
+        settings.model_dir,
+        settings.model_name,
+        tool_call_parser=settings.tool_call_parser,
+        reasoning_parser=settings.reasoning_parser,
+    )
     broker = GatewayBroker(
         settings.redis_url,
         settings.gateway_id,

@@ -35,13 +35,13 @@ class ChatTemplate:
     """One compiled template. `special_tokens`: bos_token, eos_token ... as text, which templates write themselves."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        self._source = source
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._template = _environment().from_string(source)
 
     def mentions(self, word: str) -> bool:
         """Whether the template's source contains the word, as a hint that it handles it."""
-        return word in self._source
+        return word in self.source
 
     def render(
         self,
@@ -49,6 +49,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Raises ChatTemplateError. With continue_final_message the text ends where the last message's content ends."""
@@ -62,7 +63,7 @@ class ChatTemplate:
             **self._special_tokens,
             **(variables or {}),
             "messages": chat,
-            "tools": None,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }

@@ -17,8 +17,6 @@ _MAX_REPORTED = 32  # names in the header; proxies limit the size of headers
 
 # field -> is this (non-null) value neutral
 _REJECTED: Mapping[str, Callable[[Any], bool]] = {
-    "tools": lambda value: not value,
-    "tool_choice": lambda value: value == "none",
     "functions": lambda value: not value,
     "function_call": lambda value: value == "none",
     "modalities": lambda value: value in ([], ["text"]),
@@ -29,9 +27,7 @@ _REJECTED: Mapping[str, Callable[[Any], bool]] = {
 }
 
 _REPORTED = (
-    "reasoning_effort",
     "verbosity",
-    "parallel_tool_calls",
     "prediction",
     "prompt_cache_retention",
     "prompt_cache_options",

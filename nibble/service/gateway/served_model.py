@@ -18,6 +18,14 @@ from nibble.grammar.compiler import GrammarCompiler
 from nibble.service.gateway.chat_template import ChatTemplate
 from nibble.service.gateway.detokenizer import DetokenizerFactory, detokenizer_factory, token_bytes_function
 from nibble.service.gateway.structured_output import GrammarChecker
+from nibble.service.gateway.tool_styles import (
+    GENERIC,
+    ReasoningParserName,
+    ToolCallParserName,
+    ToolStyle,
+    has_reasoning,
+    tool_style,
+)
 
 # A Unicode normal form can make a text at most this many times shorter in UTF-8 (three jamo to one Hangul syllable).
 _MAX_NORMALIZER_SHRINK = 4
@@ -43,10 +51,31 @@ class ServedModel:
     max_bytes_per_token: int | None
     created_s: int
     chat_template: ChatTemplate | None
+    tool_template: ChatTemplate | None  # of chats with tools, where the model has one for them
+    tool_call_parser: ToolCallParserName
+    reasoning_parser: ReasoningParserName
     tokenizer: Tokenizer
     grammars: GrammarChecker
     make_detokenizer: DetokenizerFactory
     token_bytes: Callable[[int], bytes]  # what a token stands for by itself
+
+    def template(self, has_tools: bool) -> ChatTemplate | None:
+        """That of a chat with tools in it, or without."""
+        return self.tool_template or self.chat_template if has_tools else self.chat_template
+
+    @property
+    def tool_style(self) -> ToolStyle:
+        """How it writes calls. Where the template tells nothing of tools, the prompt does, in the generic style."""
+        template = self.template(has_tools=True)
+        if template is None or not template.mentions("tools"):
+            return GENERIC
+        return tool_style(template.source, self.tool_call_parser)
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether it can begin an answer with reasoning."""
+        template = self.chat_template
+        return has_reasoning(template.source if template else "", self.reasoning_parser)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids; special tokens are those that the tokenizer begins a text with. Releases the GIL, which
@@ -55,7 +84,13 @@ class ServedModel:
         return ids
 
 
-def load_served_model(directory: Path, name: str | None = None) -> ServedModel:
+def load_served_model(
+    directory: Path,
+    name: str | None = None,
+    *,
+    tool_call_parser: ToolCallParserName = ToolCallParserName.AUTO,
+    reasoning_parser: ReasoningParserName = ReasoningParserName.AUTO,
+) -> ServedModel:
     """Raises ModelFilesError, or UnsupportedDecoder for a tokenizer of an unknown family."""
     config = _read_json(directory / "config.json")
     tokenizer_config = _read_json(directory / "tokenizer_config.json")
@@ -64,7 +99,7 @@ def load_served_model(directory: Path, name: str | None = None) -> ServedModel:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     special_tokens = _special_tokens(tokenizer_config)
-    template = _template_source(tokenizer_config)
+    template, tool_template = (_template_source(tokenizer_config, name) for name in ("default", "tool_use"))
     context_length = _number(config, "max_position_embeddings", directory)
     vocab_size = _number(config, "vocab_size", directory)
     eos_token_ids = _eos_token_ids(config, special_tokens, tokenizer)
@@ -76,6 +111,9 @@ def load_served_model(directory: Path, name: str | None = None) -> ServedModel:
         max_bytes_per_token=_max_bytes_per_token(tokenizer_json),
         created_s=int((directory / "config.json").stat().st_mtime),
         chat_template=ChatTemplate(template, special_tokens) if template else None,
+        tool_template=ChatTemplate(tool_template, special_tokens) if tool_template else None,
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
         tokenizer=tokenizer,
         grammars=GrammarChecker(GrammarCompiler(directory / "tokenizer.json", vocab_size, eos_token_ids)),
         make_detokenizer=detokenizer_factory(tokenizer),
@@ -114,11 +152,13 @@ def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _template_source(tokenizer_config: Mapping[str, Any]) -> str | None:
-    """A string, or a list of named templates of which `default` is the one for plain chat."""
+def _template_source(tokenizer_config: Mapping[str, Any], name: str) -> str | None:
+    """The only one is `default`, for plain chat; or there is a list of named ones."""
     source = tokenizer_config.get("chat_template")
     if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        source = {entry["name"]: entry["template"] for entry in source}.get(name)
+    elif name != "default":
+        source = None
     return source
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import ByteSize, Field, field_validator
 from pydantic_settings import NoDecode
 
+from nibble.service.gateway.tool_styles import ReasoningParserName, ToolCallParserName
 from nibble.service.settings import ProcessSettings
 
 
@@ -21,17 +22,20 @@ def _default_gateway_id() -> str:
 class GatewaySettings(ProcessSettings):
     """Read once from NIBBLE_ variables in `__main__`.
 
-    model_name: what clients call the model, the directory's name by default. api_keys: separated by commas; none means
-    that no key is asked for. metrics_public: /metrics needs no key. default_max_tokens: for requests that set none,
-    which otherwise may fill the context. cache_per_key: requests with different API keys share nothing in the prefix
-    cache, whose hits can be told by the time to the first token. drain_s: how long running answers may go on after
-    SIGTERM. keep_alive_s: an SSE comment is sent after that much silence, so that proxies keep the connection.
-    needs_worker: refuse requests while no worker is alive; false where workers scale from zero. The last four are those
-    of GatewayBroker.
+    model_name: what clients call the model, the directory's name by default. tool_call_parser, reasoning_parser: how
+    the model writes calls and reasoning (tool_styles.py), by default as its chat template tells. api_keys: separated
+    by commas; none means that no key is asked for. metrics_public: /metrics needs no key. default_max_tokens: for
+    requests that set none, which otherwise may fill the context. cache_per_key: requests with different API keys
+    share nothing in the prefix cache, whose hits can be told by the time to the first token. drain_s: how long
+    running answers may go on after SIGTERM. keep_alive_s: an SSE comment is sent after that much silence, so that
+    proxies keep the connection. needs_worker: refuse requests while no worker is alive; false where workers scale
+    from zero. The last four are those of GatewayBroker.
     """
 
     model_dir: Path
     model_name: str | None = None
+    tool_call_parser: ToolCallParserName = ToolCallParserName.AUTO
+    reasoning_parser: ReasoningParserName = ReasoningParserName.AUTO
     gateway_id: str = Field(default_factory=_default_gateway_id)
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000

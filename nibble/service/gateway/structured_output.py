@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -63,13 +63,28 @@ class GrammarChecker:
         (field, spec), *others = asked
         if others:
             raise InvalidRequest(f"{field} and {others[0][0]} cannot both be set", param=others[0][0])
+        await self.check(spec, field)
+        return spec
+
+    async def check(self, spec: GrammarSpec, field: str, *, what: str = "") -> None:
+        """Raises InvalidRequest, which names the field and `what`, where the grammar cannot be enforced."""
         if spec not in self._known:
             self._known[spec] = await self._error(spec, field)
             if len(self._known) > _NUM_KNOWN:
                 self._known.popitem(last=False)
         if error := self._known[spec]:
-            raise InvalidRequest(f"{field}: {error}", param=field, code="invalid_grammar")
-        return spec
+            raise InvalidRequest(f"{field}{what}: {error}", param=field, code="invalid_grammar")
+
+    async def special_tokens(self, texts: Iterable[str]) -> dict[str, int]:
+        """The ids of those texts that are tokens of their own, which no text in a grammar stands for."""
+        names = sorted(texts)
+        try:
+            ids = await asyncio.wrap_future(
+                self._pool.submit(lambda: [self._compiler.special_token(name) for name in names])
+            )
+        except GrammarError as error:
+            raise InvalidRequest(str(error), code="invalid_grammar") from error
+        return {name: token_id for name, token_id in zip(names, ids, strict=True) if token_id is not None}
 
     async def _error(self, spec: GrammarSpec, field: str) -> str | None:
         future = self._pool.submit(self._compiler.check, spec)

@@ -14,7 +14,7 @@ and </think> before the answer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 THINK, END_THINK = "<think>", "</think>"
@@ -26,6 +26,7 @@ class ToolStyle:
     """marker: announces calls wherever it stands. begins_text: a call can be the beginning of an answer, without one.
     end: closes one call. arguments_key: what the model was taught; others are read too. is_list: the calls after a
     marker are a JSON list. is_named: a call is `name[ARGS]{...}`. separator: between calls.
+    is_single: the template refuses answers of several calls.
     """
 
     name: str
@@ -36,6 +37,7 @@ class ToolStyle:
     is_list: bool = False
     is_named: bool = False
     separator: str = "\n"
+    is_single: bool = False
 
     @property
     def markers(self) -> frozenset[str]:
@@ -77,7 +79,7 @@ def tool_style(template: str, wanted: ToolCallParserName = ToolCallParserName.AU
         case ToolCallParserName.HERMES:
             return HERMES
         case ToolCallParserName.LLAMA:
-            return LLAMA
+            return replace(LLAMA, is_single="single tool-calls" in template)
         case ToolCallParserName.MISTRAL:
             return MISTRAL_NAMED if ARGUMENTS_MARKER in template else MISTRAL
         case _:

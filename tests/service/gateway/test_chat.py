@@ -188,7 +188,8 @@ def test_developer_is_system_for_a_template_that_does_not_know_it(served_model: 
 
 
 def test_tool_arguments_reach_the_template_as_objects(served_model: ServedModel) -> None:
-    template = ChatTemplate("{{ messages[0].tool_calls[0].function.arguments.city }}|{{ messages[1].content }}", {})
+    source = "{# tools #}{{ messages[0].tool_calls[0].function.arguments.city }}|{{ messages[1].content }}"
+    template = ChatTemplate(source, {})
     model = dataclasses.replace(served_model, chat_template=template)
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Rome"}'}}
     messages = [
@@ -223,11 +224,10 @@ def test_reported_fields(served_model: ServedModel) -> None:
         reasoning_effort="low",
         metadata={"a": "b"},
         store=True,
-        parallel_tool_calls=True,
         best_of=3,
         nothing=None,
     )
-    ignored = {"reasoning_effort", "metadata", "store", "parallel_tool_calls", "best_of"}
+    ignored = {"reasoning_effort", "metadata", "store", "best_of"}
     assert set(made.ignored) == ignored | {"stream_options.include_obfuscation"}
     assert made.include_usage
 
@@ -250,9 +250,6 @@ def test_neutral_values_are_accepted(served_model: ServedModel, fields: dict[str
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "auto"),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("functions", [{"name": "f"}]),
         ("function_call", "auto"),
         ("modalities", ["text", "audio"]),
