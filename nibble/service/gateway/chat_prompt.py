@@ -107,8 +107,8 @@ def _template_message(message: Message, path: str, template: ChatTemplate, names
         values["role"] = "system"
     if message.reasoning is not None:
         values.setdefault("reasoning_content", message.reasoning)
-    if message.role == "tool" and message.name is None and message.tool_call_id in names:
-        values["name"] = names[message.tool_call_id]
+    if message.role == "tool" and message.name is None and (name := names.get(message.tool_call_id or "")):
+        values["name"] = name
     if message.tool_calls:
         values["tool_calls"] = [
             _template_tool_call(call, f"{path}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)

@@ -163,7 +163,7 @@ def shown(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
 
 
-_UNION_BRANCH = re.compile(r"str|int|float|bool|(list|dict|constrained-\w+|function-\w+)(\[.*\])?")
+_UNION_BRANCH = re.compile(r"str|int|float|bool|(list|dict|literal|constrained-\w+|function-\w+)(\[.*\])?|ToolChoice")
 
 
 def _most_telling(errors: Sequence[ErrorDetails]) -> ErrorDetails:
