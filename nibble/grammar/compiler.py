@@ -92,14 +92,14 @@ class GrammarCompiler:
     def check(self, spec: GrammarSpec) -> None:
         """Raise GrammarError if the grammar cannot be enforced. Its first tokens are tried too, as grammars compile
         lazily: some turn out to be too large, or to allow nothing, only then."""
-        matcher = self.matcher(spec)
+        matcher, ends = self.matcher(spec), frozenset(self.tokenizer.eos_tokens)
         for _ in range(NUM_PROBED_TOKENS):
             if matcher.is_stopped():
                 break
             mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
             allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
-            text = [token_id for token_id in allowed.tolist() if token_id not in self.tokenizer.eos_tokens]
-            if not text or not matcher.consume_token(text[0]):
+            text = next((int(token_id) for token_id in allowed if int(token_id) not in ends), None)
+            if text is None or not matcher.consume_token(text):
                 break
         if matcher.is_error():
             raise GrammarError(_message(matcher))

@@ -77,10 +77,8 @@ class _Writer:
             self._parts["content"] = content.kind, content.text
             return "@content"
         first = r"[^\s{\[](?s:.*)" if style is not None and style.begins_text else "(?s:.+)"
-        exclusions = [_without(style.marker)] if style is not None and style.marker else []
-        if self._format.has_reasoning and not self._format.is_thinking:
-            exclusions.append(rf"~/\s*{_escaped(THINK)}(?s:.*)/")
-        self._rules.append(" & ".join([f"TEXT: /{first}/", *exclusions]))
+        marker = f" & {_without(style.marker)}" if style is not None and style.marker else ""
+        self._rules.append(f"TEXT: /{first}/{marker}{self._no_thought()}")
         return "TEXT?"
 
     def _calls(self, use: ToolUse, schemas: list[Mapping[str, Any]], style: ToolStyle, has_text_before: bool) -> str:
@@ -115,12 +113,18 @@ class _Writer:
         token_id = self._special_tokens.get(text)
         return json.dumps(text) if token_id is None else f"<[{token_id}]>"
 
+    def _no_thought(self) -> str:
+        """Of a terminal: what begins with reasoning is that, and no text."""
+        can_begin = self._format.has_reasoning and not self._format.is_thinking
+        return rf" & ~/\s*{_escaped(THINK)}(?s:.*)/" if can_begin else ""
+
     def _text_until(self, terminal: str, text: str) -> str:
         """A terminal, that does not contain this text, and then the text. A lexer takes the longest match, so where the
         text is no token of its own, both are one terminal."""
         if text in self._special_tokens:
             return f"{terminal}? {self._marker(text)}"
-        self._rules.append(f"{terminal}_END: /(?s:.*){_escaped(text)}/ & ~/(?s:.*){_escaped(text)}(?s:.+)/")
+        end = f"{terminal}_END: /(?s:.*){_escaped(text)}/ & ~/(?s:.*){_escaped(text)}(?s:.+)/"
+        self._rules.append(end + (self._no_thought() if terminal == "TEXT" else ""))
         return f"{terminal}_END"
 
 
