@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nibble.engine.protocol import FinishReason, RequestMetrics, TokenEvent
-from nibble.service.gateway.answer_parser import AnswerParser, Parts
+from nibble.service.gateway.answer_parser import AnswerParser
 from nibble.service.gateway.detokenizer import Detokenizer
 from nibble.service.gateway.logprobs import LogprobTrack, TokenLogprob
 from nibble.service.gateway.plan import Plan
@@ -20,7 +20,8 @@ class Choice:
 
     num_tokens: generated tokens so far, the end-of-sequence token included, but none after a stop string.
     num_reasoning_tokens: those of them that are reasoning. finish_reason: set with the last text. is_stream_done:
-    whether the engine is done too; it is not when a stop string ended the choice, and then has to be told.
+    whether the engine is done too; it is not when a stop string ended the choice, and then has to be told. parser: has
+    what the text that `push` returned is made of; None: all of it is content.
     """
 
     __slots__ = (
@@ -30,7 +31,6 @@ class Choice:
         "_min_tokens",
         "_num_decoded",
         "_num_sent",
-        "_parser",
         "_pending",
         "_prompt",
         "_scanner",
@@ -41,6 +41,7 @@ class Choice:
         "metrics",
         "num_reasoning_tokens",
         "num_tokens",
+        "parser",
     )
 
     def __init__(self, plan: Plan, detokenizer: Detokenizer, index: int = 0) -> None:
@@ -53,7 +54,7 @@ class Choice:
         self._num_sent = 0  # characters
         self._is_cut = False  # by a stop string
         self._scanner = StopScanner(plan.stops, include_stop=plan.include_stop) if plan.stops else None
-        self._parser = AnswerParser(plan.format, plan.requests[index].request_id) if plan.format else None
+        self.parser = AnswerParser(plan.format, plan.requests[index].request_id) if plan.format else None
         self._min_tokens = plan.requests[0].sampling.min_tokens
         self._stop_token_ids = frozenset(plan.requests[0].sampling.stop_token_ids)
         self._pending: list[int] = []  # the newest token if it may be a stop token whose finish reason is still to come
@@ -73,16 +74,12 @@ class Choice:
         self._num_sent += len(text)
         return text
 
-    def take_parts(self) -> Parts | None:
-        """What the text that `push` has returned is made of; None: it is content, all of it."""
-        return self._parser.take() if self._parser is not None else None
-
     @property
     def told_reason(self) -> str | None:
         """OpenAI's name of the finish reason. One that made calls did so to its end, and ended by itself."""
-        if self._parser is None or self.finish_reason is not FinishReason.STOP or self._is_cut:
+        if self.parser is None or self.finish_reason is not FinishReason.STOP or self._is_cut:
             return self.finish_reason
-        return "tool_calls" if self._parser.has_whole_calls else self.finish_reason
+        return "tool_calls" if self.parser.has_whole_calls else self.finish_reason
 
     def take_logprobs(self) -> Sequence[TokenLogprob]:
         """Those of the text that `push` has returned."""
@@ -102,7 +99,7 @@ class Choice:
             token_ids = token_ids[:-1] if self._pending else token_ids
         num_hidden = 1 if reason is FinishReason.STOP and self._hides_last(token_ids) else 0
         visible = token_ids[:-1] if num_hidden else token_ids
-        parser = self._parser
+        parser = self.parser
         if self._scanner is None and self._logprobs is None and (parser is None or not parser.can_be_reasoning):
             self.num_tokens += len(visible)
             text = self._detokenizer.push(visible)
@@ -153,8 +150,8 @@ class Choice:
             if self._scanner is not None and self.num_tokens >= self._min_tokens:  # before, text may hold stop strings
                 text, self._is_cut = self._scanner.push(text)
             texts.append(text)
-            if self._parser is not None:
-                self._parse(self._parser, text)
+            if self.parser is not None:
+                self._parse(self.parser, text)
             if self._is_cut:
                 self.finish_reason = FinishReason.STOP
                 break
@@ -167,9 +164,9 @@ class Choice:
         self.num_reasoning_tokens += was_reasoning or parser.is_reasoning
 
     def _parse_end(self, text: str) -> None:
-        if self._parser is not None:
-            self._parser.push(text)
-            self._parser.finish()
+        if self.parser is not None:
+            self.parser.push(text)
+            self.parser.finish()
 
     def _flush(self) -> str:
         text = self._detokenizer.flush()

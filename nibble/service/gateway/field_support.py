@@ -26,6 +26,8 @@ _REJECTED: Mapping[str, Callable[[Any], bool]] = {
     "suffix": lambda value: not value,
 }
 
+_SUCCESSORS = {"functions": "tools", "function_call": "tool_choice"}
+
 _REPORTED = (
     "verbosity",
     "prediction",
@@ -41,7 +43,9 @@ def check_supported(request: SamplingBody) -> None:
     for field, is_neutral in _REJECTED.items():
         value = _known(request, field)
         if value is not None and not is_neutral(value):
-            raise InvalidRequest(f"{field} is not supported yet", param=field, code="unsupported_parameter")
+            successor = _SUCCESSORS.get(field)
+            message = f"{field} is not supported; send {successor}" if successor else f"{field} is not supported yet"
+            raise InvalidRequest(message, param=field, code="unsupported_parameter")
 
 
 def ignored_fields(request: SamplingBody) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from nibble.engine.protocol import FinishReason, TokenEvent
 from nibble.service.broker.errors import BrokerError
 from nibble.service.broker.token_stream import TokenStream
+from nibble.service.gateway.answer_parser import Parts
 from nibble.service.gateway.choice import Choice
 from nibble.service.gateway.errors import ApiError, Cancelled, DeadlineExceeded, ServerFault, from_broker
 from nibble.service.gateway.gateway import Gateway
@@ -139,7 +140,10 @@ class Generation:
                     if text:
                         yield self._delta(index, text, None)
                     raise self._failure(event, reason)
-                if text or reason is not None:
+                if choice.parser is None:  # most are
+                    if text or reason is not None:
+                        yield Delta(index, text, reason, choice.num_tokens, choice.take_logprobs())
+                elif text or reason is not None:
                     yield self._delta(index, text, choice.told_reason)
                 if reason is not None:
                     break
@@ -151,11 +155,9 @@ class Generation:
 
     def _delta(self, index: int, text: str, reason: str | None) -> Delta:
         choice = self.choices[index]
-        parts = choice.take_parts()
-        if parts is None:
-            return Delta(index, text, reason, choice.num_tokens, choice.take_logprobs())
-        reasoning, content, calls = parts
-        return Delta(index, content, reason, choice.num_tokens, choice.take_logprobs(), reasoning, calls)
+        parts = Parts("", text, ()) if choice.parser is None else choice.parser.take()
+        logprobs = choice.take_logprobs()
+        return Delta(index, parts.content, reason, choice.num_tokens, logprobs, parts.reasoning, parts.calls)
 
     async def _merged_deltas(self) -> AsyncIterator[Delta]:
         queue: asyncio.Queue[Delta | asyncio.Task[None]] = asyncio.Queue()

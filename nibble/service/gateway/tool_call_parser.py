@@ -224,7 +224,7 @@ class ToolCallParser:
         text = self._buffer.lstrip() if end else self._buffer.lstrip(_BETWEEN_CALLS)
         if not self._is_final and (not text or (end and len(text) < len(end) and end.startswith(text))):
             return False
-        if end and text.startswith(end):
+        if end and (text.startswith(end) or (self._is_final and end.startswith(text))):
             self._buffer = text[len(end) :]
         elif not end:
             self._buffer = text

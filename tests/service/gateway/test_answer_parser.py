@@ -60,6 +60,7 @@ RECORDED: list[tuple[ToolStyle, str, str, Sequence[tuple[str, str]]]] = [
         [ROME],
     ),
     (HERMES, '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}', "", [ROME]),
+    (HERMES, '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_', "", [ROME]),
     (
         HERMES,
         '<tool_call>\n{"name": "get_weather", "arguments": "{\\"city\\": \\"Rome\\"}"}\n</tool_call>',

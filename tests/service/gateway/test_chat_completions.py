@@ -216,7 +216,7 @@ def test_unsupported_field_is_refused_by_name(running: RunningGateway) -> None:
     with pytest.raises(openai.BadRequestError) as raised:
         running.openai().chat.completions.create(**BODY, functions=[{"name": "f"}])
     assert raised.value.param == "functions"
-    assert "not supported yet" in str(raised.value)
+    assert "functions is not supported; send tools" in str(raised.value)
 
 
 # Failures

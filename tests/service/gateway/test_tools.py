@@ -98,7 +98,8 @@ def read(made: Plan, model: ServedModel, token_ids: list[int], cuts: list[int], 
         choice.push(
             TokenEvent(request_id="x", index=start, token_ids=token_ids[start:end], finish_reason=finish_reason)
         )
-        answer.add(*choice.take_parts())  # type: ignore[misc]  # these plans have a parser
+        assert choice.parser is not None
+        answer.add(*choice.parser.take())
         if choice.finish_reason is not None:
             break
     calls = [(made.name, made.arguments) for made in answer.calls]
