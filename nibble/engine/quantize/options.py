@@ -1,0 +1,52 @@
+"""What can be chosen about a quantisation. Imports no torch: a command line wants to complain before it is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from nibble.engine.quantize.errors import OptionError
+from nibble.kernels.layout import GROUP_SIZES
+
+
+class Method(StrEnum):
+    """rtn: nearest values, no calibration. awq: channel scales, then ranges. gptq: error feedback. awq-gptq: the scales
+    of awq, then gptq: better than either (docs/quantization.md)."""
+
+    RTN = "rtn"
+    AWQ = "awq"
+    GPTQ = "gptq"
+    AWQ_GPTQ = "awq-gptq"
+
+    @classmethod
+    def named(cls, name: str) -> Method:
+        """Raises OptionError."""
+        try:
+            return cls(name)
+        except ValueError:
+            raise OptionError(f"the method must be one of {', '.join(cls)} (got {name!r})") from None
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self is not Method.RTN
+
+
+@dataclass(frozen=True)
+class Options:
+    """group_size: the wish; a linear whose rows it does not divide gets the next smaller one. calibration: a text or
+    JSON lines file; the text that comes with Nibble where it is None. device: cpu or cuda; None: cuda where there is
+    one. Raises OptionError."""
+
+    method: Method = Method.AWQ_GPTQ
+    group_size: int = 128
+    calibration: Path | None = None
+    num_sequences: int = 128
+    sequence_tokens: int = 512
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.group_size not in GROUP_SIZES:
+            raise OptionError(f"the group size must be one of {GROUP_SIZES} (got {self.group_size})")
+        if self.device not in (None, "cpu", "cuda"):
+            raise OptionError(f"the device must be cpu or cuda (got {self.device!r})")
