@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PREFIX = "NIBBLE_"
@@ -93,6 +93,14 @@ class ProcessSettings(BaseSettings):
             first = error.errors()[0]
             name = PREFIX + ".".join(str(part) for part in first["loc"]).upper()
             raise SettingsError(f"{name}: {first['msg']} (got {first.get('input')!r})") from error
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB`, `1.5GB` or a number of bytes. Raises SettingsError."""
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise SettingsError(f"{text!r} is no amount of memory such as 24GiB") from None
 
 
 def check_variable_names(environment: Mapping[str, str]) -> None:

@@ -20,8 +20,9 @@ from nibble.engine.checkpoint.errors import ConversionError, UnsupportedModelErr
 from nibble.engine.checkpoint.hf_config import write_hf_config
 from nibble.engine.checkpoint.native import write_checkpoint
 from nibble.engine.checkpoint.row_formats import GROUP_SIZE, common_format, round_to_int8, to_format
-from nibble.engine.checkpoint.schema import LinearFormat, linear_sizes
+from nibble.engine.checkpoint.schema import FORMAT_VERSION, Description, LinearFormat, linear_sizes
 from nibble.engine.checkpoint.source import Float16Rows, Int4Rows, RowFormat, Rows, Source
+from nibble.engine.model_config import ModelConfig
 from nibble.kernels.pack import interleave_gate_up, pack_int4
 
 Progress = Callable[[str, float], None]  # what is being done, and how much of it is: 0 to 1
@@ -65,17 +66,34 @@ def convert_checkpoint(source: Source, out_dir: Path, progress: Progress) -> Non
     source.write_tokenizer(out_dir)
     progress("building the tokenizer", 1.0)
     write_hf_config(out_dir, config)
-    formats = {linear.name: LinearFormat(*linear.size, linear.format.group_size) for linear in linears}
+    description = _description(config, linears)
     write_checkpoint(
         out_dir,
         config,
         _arrays(source, linears, progress),
-        int4={linear.name: formats[linear.name] for linear in linears if linear.format.kind == "int4"},
-        int8={linear.name: formats[linear.name] for linear in linears if linear.format.kind == "int8"},
-        float16=[linear.name for linear in linears if linear.format.kind == "float16"],
-        ordered=[linear.name for linear in linears if linear.order is not None],
+        int4=description.int4,
+        int8=description.int8,
+        float16=description.float16,
+        ordered=description.ordered,
     )
     _log_summary(source, linears)
+
+
+def describe(source: Source) -> Description:
+    """What `convert_checkpoint` would write. Reads no weights. Raises CheckpointError."""
+    return _description(source.config, _plan(source))
+
+
+def _description(config: ModelConfig, linears: list[_Linear]) -> Description:
+    formats = {linear.name: LinearFormat(*linear.size, linear.format.group_size) for linear in linears}
+    return Description(
+        format_version=FORMAT_VERSION,
+        config=config,
+        int4={linear.name: formats[linear.name] for linear in linears if linear.format.kind == "int4"},
+        int8={linear.name: formats[linear.name] for linear in linears if linear.format.kind == "int8"},
+        float16=tuple(linear.name for linear in linears if linear.format.kind == "float16"),
+        ordered=tuple(linear.name for linear in linears if linear.order is not None),
+    )
 
 
 def _plan(source: Source) -> list[_Linear]:

@@ -30,7 +30,7 @@ class Checkpoint:
 
     def __init__(self, description: Description, file: SafetensorsFile) -> None:
         self.config: ModelConfig = description.config
-        self._description = description
+        self.description = description
         self._file = file
 
     @property
@@ -46,10 +46,10 @@ class Checkpoint:
 
     def linear(self, name: str) -> Weight:
         """The matrix of a linear, in whichever format the checkpoint holds it."""
-        int4 = self._description.int4.get(name)
+        int4 = self.description.int4.get(name)
         if int4 is not None:
             return Int4Weight(self.array(name), int4.out_features, int4.in_features, int4.group_size)
-        int8 = self._description.int8.get(name)
+        int8 = self.description.int8.get(name)
         if int8 is not None:
             return Int8Weight(self.array(f"{name}.values"), self.array(f"{name}.scales"), int8.group_size)
         return Float16Weight(self.array(name))

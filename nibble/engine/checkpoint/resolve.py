@@ -34,7 +34,7 @@ def resolve_checkpoint(source: Path, cache_dir: Path, progress: Progress) -> Pat
 
     Safe with several processes at once: one converts, the others wait. Raises CheckpointError.
     """
-    if _is_native(source):
+    if is_native(source):
         return source
     target = cache_dir / f"{_name_of(source)}-{_identity(source)}"
     if _is_usable(target):
@@ -73,7 +73,7 @@ def _is_usable(target: Path) -> bool:
     return not missing
 
 
-def _is_native(source: Path) -> bool:
+def is_native(source: Path) -> bool:
     """Whether a worker and a gateway can be started on it as it is. Raises CheckpointError for what is no model."""
     if not source.exists():
         raise SourceError(f"{source}: there is no such file or directory")

@@ -1,0 +1,130 @@
+"""`nibble ladder` and `nibble plan`: settings and files in, tables on the terminal out; the engine measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from nibble.engine.checkpoint.source import open_source
+from nibble.engine.memory_estimate import MemoryEstimate, descriptions_of, estimate
+from nibble.kernels.layout import GROUP_SIZES, KVDtype
+from nibble.service.launcher.model import model_name_of, progress_bar
+from nibble.service.launcher.settings import LauncherSettings
+from nibble.service.settings import SettingsError, parse_bytes
+from nibble.service.worker.device import make_kernels, uses_cuda
+from nibble.service.worker.settings import WorkerSettings
+
+GIB = 1 << 30
+_PLAN_LABELS = (
+    "",
+    "weights",
+    "buffers",
+    "reserve (estimated)",
+    "KV cache",
+    "KV per token",
+    "tokens that fit",
+    "full contexts",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """See `cli.ladder`."""
+
+    model: Path
+    quantized: Path | None
+    text: Path | None
+    num_sequences: int
+    sequence_tokens: int
+    generated_tokens: int
+    gpu_memory: str | None
+    max_kl: float
+    output: Path | None
+
+
+def run_ladder(request: Request) -> None:
+    """Print the table, write the files. Raises CheckpointError, EngineError, QuantizeError, SettingsError, OSError."""
+    from nibble.engine.evaluate import ladder, report  # PyTorch: not there unless it is asked for
+    from nibble.engine.evaluate.checkpoints import make_pair
+    from nibble.engine.quantize.options import Options
+    from nibble.engine.quantize.quantize import quantize
+
+    gpu_memory_bytes = None if request.gpu_memory is None else parse_bytes(request.gpu_memory)
+    settings = ladder.Settings(request.generated_tokens, gpu_memory_bytes)
+    with progress_bar(Console(stderr=True)) as report_progress:
+        sequences = _sequences(request)
+        pair = make_pair(
+            request.model,
+            request.quantized,
+            LauncherSettings.from_environment().cache_dir,
+            lambda out: quantize(request.model, out, Options(), report_progress),
+            report_progress,
+        )
+        worker = WorkerSettings.from_environment(model_dir=pair.reference)
+        kernels = make_kernels(worker, uses_cuda(worker))
+        results = ladder.measure(ladder.rungs_of(pair), sequences, kernels, settings, report_progress)
+    best = ladder.recommended(results, request.max_kl)
+    _print_table(report.LABELS, [report.cells(each) for each in results])
+    Console().print(f"Recommended within a mean KL divergence of {request.max_kl:g}: {best.name}", highlight=False)
+    if request.output is not None:
+        title = model_name_of(request.model)
+        html = report.to_html(title, results, best, request.max_kl)
+        request.output.with_name(request.output.name + ".html").write_text(html, encoding="utf-8")
+        json = report.to_json(title, results, best, request.max_kl)
+        request.output.with_name(request.output.name + ".json").write_bytes(json)
+
+
+def print_plan(model: Path, gpu_memory: str, group_size: int, utilization: float) -> None:
+    """Raises CheckpointError, SettingsError."""
+    total_bytes = parse_bytes(gpu_memory)
+    if group_size not in GROUP_SIZES:
+        raise SettingsError(f"the group size must be one of {GROUP_SIZES} (got {group_size})")
+    columns: list[tuple[str, ...]] = []
+    for name, description in descriptions_of(model, group_size).items():
+        for kv_dtype in (KVDtype.INT8, KVDtype.FP16):
+            memory = estimate(description, kv_dtype, total_bytes, utilization=utilization)
+            columns.append((f"{name}, {kv_dtype} KV", *_plan_cells(memory, description.config.max_context_tokens)))
+    _print_table(_PLAN_LABELS, columns)
+
+
+def _plan_cells(memory: MemoryEstimate, context_tokens: int) -> tuple[str, ...]:
+    fits = memory.num_tokens > 0
+    return (
+        f"{memory.weight_bytes / GIB:.2f} GiB",
+        f"{memory.buffer_bytes / GIB:.2f} GiB",
+        f"{memory.reserve_bytes / GIB:.2f} GiB",
+        f"{memory.kv_cache_bytes / GIB:.2f} GiB" if fits else "does not fit",
+        f"{memory.kv_token_bytes / 1024:.1f} KiB",
+        f"{memory.num_tokens:,}" if fits else "0",
+        f"{memory.num_tokens / context_tokens:.1f}" if fits else "0",
+    )
+
+
+def _sequences(request: Request) -> npt.NDArray[np.int32]:
+    from nibble.engine.evaluate.ladder import DEFAULT_TEXT
+    from nibble.engine.quantize.calibration import read_texts, token_sequences
+
+    texts = read_texts(request.text or DEFAULT_TEXT)
+    source = open_source(request.model)
+    tokens = min(request.sequence_tokens, source.config.max_context_tokens)
+    with TemporaryDirectory() as directory:
+        source.write_tokenizer(Path(directory))
+        ids = token_sequences(texts, Path(directory) / "tokenizer.json", request.num_sequences, tokens)
+    sequences: npt.NDArray[np.int32] = ids.numpy().astype(np.int32)
+    return sequences
+
+
+def _print_table(labels: tuple[str, ...], columns: list[tuple[str, ...]]) -> None:
+    """One thing measured a row: what is compared is side by side, within 80 characters."""
+    table = Table(labels[0], box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column[0], justify="right")
+    for row in zip(labels[1:], *(column[1:] for column in columns), strict=True):
+        table.add_row(*row)
+    Console().print(table, highlight=False)
