@@ -105,6 +105,111 @@ def convert(
         _fail(str(error))
 
 
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a GGUF file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The native checkpoint directory to make.")],
+    method: Annotated[
+        str, typer.Option(help="rtn (needs no text), awq, gptq, or awq-gptq: awq's scales, then gptq.")
+    ] = "awq-gptq",
+    group_size: Annotated[int, typer.Option(help="Weights with one scale: 32, 64 or 128.")] = 128,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A text or JSON lines file. [default: a short text that comes with Nibble]")
+    ] = None,
+    num_sequences: Annotated[int, typer.Option(min=1, help="Sequences of calibration text.")] = 128,
+    sequence_tokens: Annotated[int, typer.Option(min=32, help="Tokens of each.")] = 512,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = None,
+) -> None:
+    """Quantise a model to 4 bits. An interrupted run goes on where it was when the command is given again."""
+    from rich.console import Console
+
+    from nibble.engine.checkpoint.errors import CheckpointError
+    from nibble.engine.quantize.errors import OptionError, QuantizeError
+    from nibble.engine.quantize.options import Method, Options
+    from nibble.service.launcher.model import progress_bar
+
+    try:
+        options = Options(Method.named(method), group_size, calibration, num_sequences, sequence_tokens, device)
+        from nibble.engine.quantize.quantize import quantize as run
+
+        with progress_bar(Console(stderr=True)) as report:
+            run(model, output, options, report)
+    except ModuleNotFoundError as error:
+        _fail(f"quantising needs the package {error.name}: pip install 'nibble[quantize]'")
+    except OptionError as error:
+        _fail(str(error), exit_code=2)
+    except (CheckpointError, QuantizeError, OSError) as error:
+        _fail(str(error))
+
+
+@app.command()
+def ladder(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a GGUF file.")],
+    quantized: Annotated[
+        Path | None,
+        typer.Option(help="The 4-bit checkpoint. [default: the model if it is one, else made and kept]"),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text or JSON lines file to measure on. [default: a page]")
+    ] = None,
+    num_sequences: Annotated[int, typer.Option(min=1, help="Sequences of the text.")] = 16,
+    sequence_tokens: Annotated[int, typer.Option(min=64, help="Tokens of each.")] = 512,
+    generated_tokens: Annotated[int, typer.Option(min=8, help="Tokens that each prompt is continued by.")] = 128,
+    gpu_memory: Annotated[str | None, typer.Option(help="Say how many tokens fit on a GPU of this memory.")] = None,
+    max_kl: Annotated[float, typer.Option(min=0.0, help="Mean KL divergence that a recommended rung may have.")] = 0.1,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write OUTPUT.html and OUTPUT.json.")] = None,
+) -> None:
+    """Measure what INT4 weights and an INT8 KV cache cost and give: quality, bytes, speed."""
+    from nibble.engine.checkpoint.errors import CheckpointError
+    from nibble.engine.errors import EngineError
+    from nibble.engine.quantize.errors import QuantizeError
+    from nibble.ladder import Request, run_ladder
+    from nibble.service.settings import SettingsError
+
+    try:
+        run_ladder(
+            Request(
+                model,
+                quantized,
+                text,
+                num_sequences,
+                sequence_tokens,
+                generated_tokens,
+                gpu_memory,
+                max_kl,
+                output,
+            )
+        )
+    except ModuleNotFoundError as error:
+        _fail(f"the ladder needs the package {error.name}: pip install 'nibble[quantize]'")
+    except SettingsError as error:
+        _fail(str(error), exit_code=2)
+    except (CheckpointError, EngineError, QuantizeError, OSError) as error:
+        _fail(str(error))
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        Path, typer.Argument(help="A model, or a directory with the config.json of one that is not downloaded yet.")
+    ],
+    gpu_memory: Annotated[str, typer.Option(help="The GPU's memory, such as 24GiB.")],
+    group_size: Annotated[int, typer.Option(help="Of INT4 weights: 32, 64 or 128.")] = 128,
+    utilization: Annotated[float, typer.Option(min=0.1, max=1.0, help="Share of the memory to use.")] = 0.9,
+) -> None:
+    """Say what fits on a GPU: weights, KV cache, tokens. Loads nothing."""
+    from nibble.engine.checkpoint.errors import CheckpointError
+    from nibble.ladder import print_plan
+    from nibble.service.settings import SettingsError
+
+    try:
+        print_plan(model, gpu_memory, group_size, utilization)
+    except SettingsError as error:
+        _fail(str(error), exit_code=2)
+    except (CheckpointError, OSError) as error:
+        _fail(str(error))
+
+
 @app.command("version")
 def print_version() -> None:
     """Print the version."""

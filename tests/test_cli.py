@@ -27,7 +27,7 @@ def test_help_names_every_command() -> None:
     for arguments in ((), ("--help",)):
         result = nibble(*arguments)
         assert result.returncode == 0
-        for command in ("serve", "chat", "convert", "version"):
+        for command in ("serve", "chat", "convert", "quantize", "ladder", "plan", "version"):
             assert f" {command} " in result.stdout
 
 
@@ -45,6 +45,11 @@ def test_version() -> None:
         (("serve", "--num-workers", "0"), "--num-workers"),
         (("chat", "--temperature", "hot"), "--temperature"),
         (("convert", "x.gguf"), "--output"),
+        (("quantize", "x.gguf"), "--output"),
+        (("quantize", "x.gguf", "-o", "y", "--method", "aqw"), "rtn, awq, gptq, awq-gptq"),
+        (("quantize", "x.gguf", "-o", "y", "--group-size", "48"), "group size"),
+        (("plan", "x.gguf"), "--gpu-memory"),
+        (("plan", "x.gguf", "--gpu-memory", "much"), "24GiB"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments: tuple[str, ...], complaint: str) -> None:
@@ -122,3 +127,24 @@ def test_command_line_loads_nothing_heavy() -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(result.stdout.split())
     assert not loaded & {"torch", "numba", "transformers", "fastapi", "uvicorn", "tokenizers"}
+
+
+@pytest.mark.parametrize("command", [("quantize", "x", "-o", "y"), ("ladder", "x")])
+def test_missing_torch_is_one_line_that_says_what_to_install(command: tuple[str, ...]) -> None:
+    code = "import sys; sys.modules['torch'] = None; from nibble.cli import main; main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].endswith("pip install 'nibble[quantize]'")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [("quantize", "nothing.gguf", "-o", "y"), ("plan", "nothing", "--gpu-memory", "8GiB")]
+)
+def test_model_that_is_not_there_is_one_line(tmp_path: Path, command: tuple[str, ...]) -> None:
+    result = nibble(*command)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert "nothing" in result.stderr

@@ -1,0 +1,141 @@
+"""Perplexity and KL divergence of quantised linears and of a KV cache, simulated in float32; the head is kept.
+
+python -m loadtest.permuted_model MODEL.gguf PERMUTED
+nibble quantize PERMUTED -o OUT --method awq --group-size 64 --calibration TEXT
+python -m loadtest.quantization_quality PERMUTED OUT ... --text wiki.test.raw
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nibble.engine.checkpoint.native import Checkpoint, load_checkpoint
+from nibble.engine.checkpoint.source import Source, open_source
+from nibble.engine.evaluate.divergence import Comparison, Logits, Quality
+from nibble.engine.quantize.calibration import read_texts
+from nibble.engine.quantize.decoder import KVTransform, Layer, layer_forward, read_layer, rms_norm
+from nibble.kernels.interface import Int4Weight
+from nibble.kernels.pack import deinterleave_gate_up, dequantize_int4
+
+CPU = torch.device("cpu")
+
+
+class Simulation:
+    """The original model and a text."""
+
+    def __init__(self, source: Source, ids: Tensor) -> None:
+        """ids int64 (S, T)."""
+        self._config = source.config
+        self._ids = ids
+        self._table = torch.from_numpy(source.floats("model.embed_tokens.weight"))
+        name = "model.embed_tokens.weight" if source.config.tie_word_embeddings else "lm_head.weight"
+        self._head = torch.from_numpy(source.floats(name))
+        self._norm = torch.from_numpy(source.floats("model.norm.weight"))
+        self.layers = [read_layer(source, index, CPU) for index in range(source.config.num_layers)]
+        self._reference = self._hidden(self.layers, ())
+
+    def quality(self, layers: Iterable[Layer], transforms: Sequence[KVTransform] = ()) -> Quality:
+        """transforms: of keys and values, one per layer."""
+        comparison = Comparison()
+        for reference, hidden, ids in zip(self._reference, self._hidden(layers, transforms), self._ids, strict=True):
+            targets = np.append(ids[1:].numpy(), -1)
+            comparison.add(self._logits(reference), self._logits(hidden), targets)
+        return comparison.result()
+
+    def _hidden(self, layers: Iterable[Layer], transforms: Sequence[KVTransform]) -> Tensor:
+        streams = [self._table[row][None] for row in self._ids]
+        for index, layer in enumerate(layers):
+            transform = transforms[index : index + 1]
+            streams = [layer_forward(layer, x, self._config, *transform) for x in streams]
+        return torch.cat(streams)
+
+    def _logits(self, hidden: Tensor) -> Logits:
+        logits: Logits = (rms_norm(hidden, self._norm, self._config.rms_norm_eps) @ self._head.T).numpy()
+        return logits
+
+
+def native_layers(checkpoint: Checkpoint) -> Iterable[Layer]:
+    """The layers of a quantised checkpoint, dequantised."""
+    config = checkpoint.config
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    for index in range(config.num_layers):
+        prefix = f"layers.{index}"
+        layer = {name: _vector(checkpoint, f"{prefix}.{name}") for name in ("attention_norm", "mlp_norm")}
+        qkv = torch.split(_matrix(checkpoint, f"{prefix}.qkv"), [q, kv, kv])
+        gate_up = map(torch.from_numpy, deinterleave_gate_up(_matrix(checkpoint, f"{prefix}.gate_up").numpy()))
+        layer |= dict(zip(("q", "k", "v", "gate", "up"), (*qkv, *gate_up), strict=True))
+        if config.attention_bias:
+            biases = torch.split(_vector(checkpoint, f"{prefix}.qkv.bias"), [q, kv, kv])
+            layer |= dict(zip(("q.bias", "k.bias", "v.bias"), biases, strict=True))
+        if config.qk_norm:
+            layer |= {name: _vector(checkpoint, f"{prefix}.{name}") for name in ("q_norm", "k_norm")}
+        yield layer | {name: _matrix(checkpoint, f"{prefix}.{name}") for name in ("o", "down")}
+
+
+def int8_per_token(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """As `kernels/layout.py` says of KV blocks."""
+    return _int8(k, k.amin(-1, keepdim=True), k.amax(-1, keepdim=True)), _int8(
+        v, v.amin(-1, keepdim=True), v.amax(-1, keepdim=True)
+    )
+
+
+def _int8(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    zero, scale = ((low + high) / 2).half().float(), ((high - low) / 255).half().float()
+    return ((x - zero) / scale.clamp(min=1e-8)).round().clamp(-128, 127) * scale + zero
+
+
+def _matrix(checkpoint: Checkpoint, name: str) -> Tensor:
+    weight = checkpoint.linear(name)
+    assert isinstance(weight, Int4Weight), f"{name} is not INT4"
+    return torch.from_numpy(dequantize_int4(weight.packed, weight.out_features, weight.in_features, weight.group_size))
+
+
+def _vector(checkpoint: Checkpoint, name: str) -> Tensor:
+    return torch.from_numpy(checkpoint.array(name).copy())
+
+
+def token_ids(source: Source, text: Path, num_sequences: int, length: int) -> Tensor:
+    """The first sequences of a text, int64 (S, T)."""
+    from tokenizers import Tokenizer
+
+    with TemporaryDirectory() as directory:
+        source.write_tokenizer(Path(directory))
+        tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
+    ids = tokenizer.encode("\n".join(read_texts(text)), add_special_tokens=False).ids
+    return torch.tensor(ids[: num_sequences * length]).view(num_sequences, length)
+
+
+def _print(name: str, quality: Quality) -> None:
+    numbers = f"{quality.perplexity:9.3f} {quality.mean_kl:9.5f} {quality.p99_kl:8.4f} {quality.top1_agreement:7.4f}"
+    print(f"{name:40} {numbers}")  # noqa: T201 - a command's output
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("quantized", type=Path, nargs="*")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--num-sequences", type=int, default=6)
+    parser.add_argument("--sequence-tokens", type=int, default=1024)
+    arguments = parser.parse_args()
+    source = open_source(arguments.model)
+    with torch.inference_mode():
+        ids = token_ids(source, arguments.text, arguments.num_sequences, arguments.sequence_tokens)
+        simulation = Simulation(source, ids)
+        print(f"{'':40} {'ppl':>9} {'KL':>9} {'99 %':>8} {'top-1':>7}")  # noqa: T201 - a command's output
+        _print("original", simulation.quality(simulation.layers))
+        transforms = [int8_per_token] * source.config.num_layers
+        _print("INT8 KV cache, per token", simulation.quality(simulation.layers, transforms))
+        for path in arguments.quantized:
+            _print(path.name, simulation.quality(native_layers(load_checkpoint(path))))
+
+
+if __name__ == "__main__":
+    main()
