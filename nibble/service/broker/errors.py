@@ -4,7 +4,9 @@ BrokerError
 ├── BrokerUnavailable   Redis cannot be reached or cannot take writes now; trying again later may help
 ├── Refused             admission said no; carries retry_after_s
 │   ├── QueueFull       too many requests wait already
-│   └── NoWorker        no worker is alive to serve it
+│   ├── NoWorker        no worker is alive to serve it
+│   └── OverQuota       its quota is used up
+├── AlreadyClaimed      another request has its claim
 ├── DuplicateRequest    a request with this id exists (running, or finished not long ago)
 └── UnknownRequest      no request with this id exists (any more)
 """
@@ -12,6 +14,8 @@ BrokerError
 from __future__ import annotations
 
 import redis.exceptions
+
+from nibble.service.broker.terms import Level, Limit
 
 # Answers of a server that is up but cannot carry out a write now (full, replica, loading, failing over).
 _TRANSIENT_ERRORS = (
@@ -56,6 +60,24 @@ class NoWorker(Refused):
 
     def __init__(self, retry_after_s: float) -> None:
         super().__init__("no worker is available", retry_after_s)
+
+
+class OverQuota(Refused):
+    """levels: of all limits of the quota; `limit` is the one that is used up."""
+
+    def __init__(self, limit: Limit, levels: tuple[Level, ...], retry_after_s: float) -> None:
+        super().__init__(f"the limit is {limit.amount} {limit.unit} in {limit.period_s} s", retry_after_s)
+        self.limit = limit
+        self.levels = levels
+
+
+class AlreadyClaimed(BrokerError):
+    """request_id: who has the claim; fingerprint: what that one asked for."""
+
+    def __init__(self, request_id: str, fingerprint: str) -> None:
+        super().__init__(f"request {request_id} has this claim")
+        self.request_id = request_id
+        self.fingerprint = fingerprint
 
 
 class DuplicateRequest(BrokerError):

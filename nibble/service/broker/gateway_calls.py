@@ -14,8 +14,17 @@ from redis.exceptions import NoScriptError, RedisError
 
 from nibble.engine.protocol import PRIORITY_S, FinishReason, GenerationRequest, TokenEvent
 from nibble.service.broker import scripts
-from nibble.service.broker.errors import BrokerError, DuplicateRequest, NoWorker, QueueFull, translated
+from nibble.service.broker.errors import (
+    AlreadyClaimed,
+    BrokerError,
+    DuplicateRequest,
+    NoWorker,
+    OverQuota,
+    QueueFull,
+    translated,
+)
 from nibble.service.broker.keys import Keys
+from nibble.service.broker.terms import Level, Quota, Terms
 from nibble.service.broker.token_log import TokenLog
 from nibble.service.broker.wire import (
     BrokerStatus,
@@ -48,6 +57,7 @@ class LogRead:
 
     event: TokenEvent
     request: GenerationRequest | None
+    context: bytes
 
 
 class GatewayCalls:
@@ -69,16 +79,20 @@ class GatewayCalls:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def submit(self, request: GenerationRequest, nonce: str) -> None:
-        """A repeat with the same nonce changes nothing. Raises QueueFull, NoWorker, DuplicateRequest."""
-        reply = await self._submit(request, nonce, "", TokenLog())
-        refusal = self._refusal(request.request_id, reply)
+    async def submit(self, request: GenerationRequest, nonce: str, terms: Terms) -> tuple[Level, ...]:
+        """A repeat with the same nonce changes nothing. Returns how far the quota is used.
+
+        Raises QueueFull, NoWorker, OverQuota, AlreadyClaimed, DuplicateRequest.
+        """
+        reply = await self._submit(request, nonce, "", TokenLog(), terms)
+        refusal = self._refusal(request.request_id, reply, terms.quota)
         if refusal is not None:
             raise refusal
+        return _levels(terms.quota, reply[1])
 
-    async def restore(self, request: GenerationRequest, log: TokenLog, num_restores: int) -> None:
+    async def restore(self, request: GenerationRequest, log: TokenLog, num_restores: int, terms: Terms) -> None:
         """Give a request to a server that lost it, past admission. num_restores >= 1 makes its attempts new."""
-        await self._submit(request, "", num_restores * _ATTEMPTS_PER_RESTORE, log)
+        await self._submit(request, "", num_restores * _ATTEMPTS_PER_RESTORE, log, terms)
 
     async def read(self, first_indexes: Mapping[str, int], with_request: bool) -> tuple[int, list[LogRead | None]]:
         """Read token logs from these positions on and subscribe this gateway to them.
@@ -102,7 +116,17 @@ class GatewayCalls:
         workers = tuple(decode_worker_info(info) for info in infos)
         return BrokerStatus(num_queued=num_queued, num_running=num_running, workers=workers)
 
-    def _refusal(self, request_id: str, reply: list[Any]) -> BrokerError | None:
+    async def store_response(self, response_id: str, record: bytes, previous_id: str, ttl_s: float) -> None:
+        await self._call(scripts.STORE_RESPONSE, response_id, record, previous_id, max(1, round(ttl_s * 1000)))
+
+    async def read_responses(self, response_id: str, limit: int) -> list[bytes]:
+        records: list[bytes] = await self._call(scripts.READ_RESPONSES, response_id, limit)
+        return records
+
+    async def delete_response(self, response_id: str, ttl_s: float) -> None:
+        await self._call(scripts.DELETE_RESPONSE, response_id, max(1, round(ttl_s * 1000)))
+
+    def _refusal(self, request_id: str, reply: list[Any], quota: Quota | None) -> BrokerError | None:
         match reply[0]:
             case b"ok":
                 return None
@@ -110,10 +134,17 @@ class GatewayCalls:
                 return QueueFull(reply[1], self._policy.max_queued, reply[2] / 1000)
             case b"no_worker":
                 return NoWorker(reply[2] / 1000)
+            case b"over_quota":
+                assert quota is not None
+                return OverQuota(quota.limits[reply[1] - 1], _levels(quota, reply[3]), reply[2] / 1000)
+            case b"claimed":
+                return AlreadyClaimed(reply[1].decode(), reply[2].decode())
             case _:
                 return DuplicateRequest(request_id)
 
-    async def _submit(self, request: GenerationRequest, nonce: str, attempt: int | str, log: TokenLog) -> list[Any]:
+    async def _submit(
+        self, request: GenerationRequest, nonce: str, attempt: int | str, log: TokenLog, terms: Terms
+    ) -> list[Any]:
         if abs(request.priority) > MAX_PRIORITY:
             raise ValueError(f"priority {request.priority} is not within ±{MAX_PRIORITY}")
         reply: list[Any] = await self._call(
@@ -132,6 +163,7 @@ class GatewayCalls:
             pack_tokens(log.token_ids),
             bytes(log.logprobs),
             log.prompt_logprobs or b"",
+            *_packed(terms),
         )
         return reply
 
@@ -147,9 +179,28 @@ class GatewayCalls:
             raise translated(error) from error
 
 
+def _packed(terms: Terms) -> list[str | bytes | int]:
+    """The last arguments of scripts/submit.lua."""
+    claim, quota = terms.claim, terms.quota
+    limits = [(limit.unit, limit.amount, limit.period_s * 1000) for limit in quota.limits] if quota else []
+    return [
+        terms.context,
+        claim.name if claim else "",
+        claim.fingerprint if claim else "",
+        encode((quota.name, limits)) if quota else "",
+        terms.num_requests,
+        terms.num_tokens,
+    ]
+
+
+def _levels(quota: Quota | None, numbers: list[int]) -> tuple[Level, ...]:
+    limits = quota.limits if quota else ()
+    return tuple(Level(limit, numbers[2 * i], numbers[2 * i + 1] / 1000) for i, limit in enumerate(limits))
+
+
 def _log_read(request_id: str, index: int, entry: list[Any]) -> LogRead:
     """From an entry of scripts/read.lua."""
-    tokens, final_event, _, request, logprobs, prompt_logprobs = entry
+    tokens, final_event, _, request, logprobs, prompt_logprobs, context = entry
     final = decode_event(final_event) if final_event else None
     event = TokenEvent(
         request_id=request_id,
@@ -161,4 +212,4 @@ def _log_read(request_id: str, index: int, entry: list[Any]) -> LogRead:
         logprobs=logprobs or None,
         prompt_logprobs=prompt_logprobs or None,
     )
-    return LogRead(event, decode_request(request) if request else None)
+    return LogRead(event, decode_request(request) if request else None, context)

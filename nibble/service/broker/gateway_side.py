@@ -18,6 +18,7 @@ from nibble.service.broker.errors import BrokerUnavailable, DuplicateRequest, Un
 from nibble.service.broker.gateway_calls import CALL_TIMEOUT_S, GatewayCalls, SubmitPolicy
 from nibble.service.broker.stream_checker import Patience, PendingAbort, StreamChecker
 from nibble.service.broker.stream_table import StreamTable
+from nibble.service.broker.terms import Terms
 from nibble.service.broker.token_stream import TokenStream
 from nibble.service.broker.wire import BrokerStatus
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _PING_AFTER_S = 5.0  # a subscription this silent is asked whether it lives
 _RECONNECT_S = 0.1
+NO_TERMS = Terms()
+DELETED_RESPONSE = b"deleted"
 
 
 class GatewayBroker:
@@ -80,8 +83,11 @@ class GatewayBroker:
         self._streams.fail(self._streams, "the gateway is shutting down")
         await self._calls.close()
 
-    async def submit(self, request: GenerationRequest) -> TokenStream:
-        """Queue a request. Raises QueueFull, NoWorker, DuplicateRequest, BrokerUnavailable (within 2 s)."""
+    async def submit(self, request: GenerationRequest, terms: Terms = NO_TERMS) -> TokenStream:
+        """Queue a request.
+
+        Raises QueueFull, NoWorker, OverQuota, AlreadyClaimed, DuplicateRequest, BrokerUnavailable (within 2 s).
+        """
         request_id = request.request_id
         if request_id in self._streams:
             raise DuplicateRequest(request_id)
@@ -89,13 +95,13 @@ class GatewayBroker:
         stream = TokenStream(request_id)
         self._streams.add(stream)  # before the call: its first events may come before the reply
         try:
-            await self._calls.submit(request, nonce=secrets.token_hex(8))
+            stream.quota_levels = await self._calls.submit(request, secrets.token_hex(8), terms)
         except BaseException as error:
             self._streams.remove(stream)
             if isinstance(error, BrokerUnavailable | asyncio.CancelledError):  # it may have been queued
                 self._checker.pending_aborts[request_id] = PendingAbort(FinishReason.ABORT, num_calls=2)
             raise
-        stream.request = request
+        stream.request, stream.terms = request, terms
         return stream
 
     async def attach(self, request_id: str, from_index: int = 0) -> TokenStream:
@@ -109,7 +115,7 @@ class GatewayBroker:
         except BaseException:
             self._streams.remove(stream)
             raise
-        stream.request = read.request
+        stream.request, stream.terms = read.request, Terms(context=read.context)
         self._streams.offer(read.event)
         return stream
 
@@ -124,6 +130,22 @@ class GatewayBroker:
             self._checker.pending_aborts[request_id] = PendingAbort(reason)
             if isinstance(error, asyncio.CancelledError):
                 raise
+
+    async def store_response(self, response_id: str, record: bytes, previous_id: str, ttl_s: float) -> None:
+        """Keep a record for ttl_s, and all those that it goes on from. Raises BrokerUnavailable."""
+        await self._calls.store_response(response_id, record, previous_id, ttl_s)
+
+    async def read_responses(self, response_id: str, limit: int) -> list[bytes]:
+        """A record and those before it, newest first, at most `limit`. The last one is empty if it is not known, and
+        DELETED_RESPONSE if it was deleted.
+
+        Raises BrokerUnavailable.
+        """
+        return await self._calls.read_responses(response_id, limit)
+
+    async def delete_response(self, response_id: str, ttl_s: float) -> None:
+        """For ttl_s it cannot be stored again either. Raises BrokerUnavailable."""
+        await self._calls.delete_response(response_id, ttl_s)
 
     async def status(self) -> BrokerStatus:
         """Queue, leases and live workers of the deployment. Raises BrokerUnavailable."""

@@ -21,8 +21,15 @@ All keys begin with the namespace in braces, a hash tag, so that a Redis cluster
     {nibble}:logprobs:<request>     string beside it, if asked for: a record of log probabilities for each token
                                            (engine/protocol.py)
     {nibble}:prompt_logprobs:<request>  string records of the prompt's tokens, if asked for
+    {nibble}:context:<request>      string beside it: what its gateway needs to make an answer of the tokens
     {nibble}:state:<request>        hash   status (queued, running, finished), attempt, crashes, worker, gateways,
-                                           score, nonce, deadline_ms, max_attempts, log_ttl_ms, final (TokenEvent)
+                                           score, nonce, deadline_ms, max_attempts, log_ttl_ms, final (TokenEvent);
+                                           claim and quota (msgpack) if it has them
+    {nibble}:claim:<claim>          string "<fingerprint>:<request>" (Terms.claim)
+    {nibble}:quota:<name>           hash   "<unit>/<period_ms>" -> Unix ms at which this limit will be unused
+                                           (scripts/common.lua); expires then
+    {nibble}:response:<id>          hash   record (what a gateway keeps of a finished response, or deleted) and previous
+                                           (id of the one that it goes on from, or ''); both live as long as the newest
     {nibble}:events:<gateway>       pub/sub channel (wire.py)
 
 A worker's lease covers all its requests: renewing it is one write, however many they are. `<worker>` is
@@ -70,6 +77,12 @@ class Keys:
 
     def state(self, request_id: str) -> str:
         return f"{self.root}:state:{request_id}"
+
+    def context(self, request_id: str) -> str:
+        return f"{self.root}:context:{request_id}"
+
+    def response(self, response_id: str) -> str:
+        return f"{self.root}:response:{response_id}"
 
     def events(self, gateway_id: str) -> str:
         return f"{self.root}:events:{gateway_id}"

@@ -111,7 +111,7 @@ class StreamChecker:
         if longest.request is None:
             return  # submit() or attach() is under way and will find out
         longest.num_restores += 1
-        await self._calls.restore(longest.request, longest.log, longest.num_restores)
+        await self._calls.restore(longest.request, longest.log, longest.num_restores, longest.terms)
         logger.warning("request restored request_id=%s num_tokens=%d", request_id, len(longest.log.token_ids))
 
     async def _note_num_workers(self, num_workers: int, request_ids: list[str]) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from nibble.engine.protocol import FinishReason, GenerationRequest, RequestMetrics, TokenEvent
+from nibble.service.broker.terms import Level, Terms
 from nibble.service.broker.token_log import TokenLog
 
 NEVER_S = float("-inf")
@@ -24,6 +25,8 @@ class TokenStream:
     def __init__(self, request_id: str, from_index: int = 0) -> None:
         self.request_id = request_id
         self.request: GenerationRequest | None = None  # until Redis is known to have it
+        self.terms = Terms()  # of an attached stream the context alone
+        self.quota_levels: tuple[Level, ...] = ()  # when it was submitted
         self.log = TokenLog()  # all that is known, delivered or not: what a restarted Redis is given back
         self.heard_s = time.monotonic()  # NEVER_S asks for a read of the log now
         self.num_restores = 0

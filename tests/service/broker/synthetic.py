@@ -222,7 +222,7 @@ def _check_request(
     else:
         assert worker == ""
     assert (status == "finished") == ("final" in state)
-    for kind in (keys.state, keys.request, keys.tokens, keys.logprobs, keys.prompt_logprobs):
+    for kind in (keys.state, keys.request, keys.tokens, keys.logprobs, keys.prompt_logprobs, keys.context):
         key = kind(request_id)
         assert key not in now.values or (now.ttl_ms[key] >= 0) == (status == "finished")
     if status == "finished":

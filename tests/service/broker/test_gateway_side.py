@@ -9,6 +9,7 @@ from synthetic import SyntheticWorker, make_request, tokens_of, until
 from nibble.engine.protocol import FinishReason, RequestMetrics, TokenEvent
 from nibble.service.broker.errors import BrokerUnavailable, DuplicateRequest, NoWorker, QueueFull, UnknownRequest
 from nibble.service.broker.gateway_side import GatewayBroker
+from nibble.service.broker.terms import Terms
 from nibble.service.broker.token_stream import TokenStream
 
 
@@ -154,10 +155,10 @@ async def test_request_id_is_taken_while_it_runs_and_after_it_finished(make_gate
 async def test_repeat_of_a_submit_with_its_nonce_queues_once(make_gateway):
     gateway = await make_gateway()
     for _ in range(2):
-        await gateway._calls.submit(make_request("request"), nonce="same")
+        await gateway._calls.submit(make_request("request"), "same", Terms())
     assert (await gateway.status()).num_queued == 1
     with pytest.raises(DuplicateRequest):
-        await gateway._calls.submit(make_request("request"), nonce="different")
+        await gateway._calls.submit(make_request("request"), "different", Terms())
 
 
 async def test_attach_to_a_running_request_joins_log_and_live_events(make_gateway, make_worker):
@@ -308,8 +309,8 @@ async def test_submit_whose_reply_is_lost_leaves_no_request_behind(make_gateway,
     gateway = await make_gateway()
     submit = gateway._calls.submit
 
-    async def submit_and_lose_the_reply(request, nonce):
-        await submit(request, nonce)
+    async def submit_and_lose_the_reply(request, nonce, terms):
+        await submit(request, nonce, terms)
         raise loss
 
     monkeypatch.setattr(gateway._calls, "submit", submit_and_lose_the_reply)

@@ -56,12 +56,30 @@ local function tell_to_drop(worker, id)
   redis.call('RPUSH', key('wake', worker), '1')
 end
 
+-- Quotas: {name, {{unit, amount, period_ms}, ...}}. Of each limit the moment is kept at which all of it will be free again:
+-- every unit that is used moves it by period_ms / amount. What was used beyond the limit is a debt.
+
+local function full_at(quota, limit)
+  return math.max(now, tonumber(redis.call('HGET', key('quota', quota[1]), limit[1] .. '/' .. limit[3]) or 0))
+end
+
+-- costs: unit -> how many.
+local function charge(quota, costs)
+  local bucket, last = key('quota', quota[1]), now
+  for _, limit in ipairs(quota[2]) do
+    local at = full_at(quota, limit) + (costs[limit[1]] or 0) * limit[3] / limit[2]
+    redis.call('HSET', bucket, limit[1] .. '/' .. limit[3], at)
+    last = math.max(last, at)
+  end
+  redis.call('PEXPIRE', bucket, math.ceil(last - now) + 1)
+end
+
 -- The end of a request: `event` is its encoded final TokenEvent, which the caller tells. Returns the worker that held
 -- it ('' if none) and its gateways.
 
 local function close_log(id, event)
   local state = key('state', id)
-  local fields = redis.call('HMGET', state, 'worker', 'log_ttl_ms', 'deadline_ms', 'gateways')
+  local fields = redis.call('HMGET', state, 'worker', 'log_ttl_ms', 'deadline_ms', 'gateways', 'claim', 'quota')
   redis.call('HSET', state, 'status', 'finished', 'worker', '', 'final', event)
   if fields[1] ~= '' then
     redis.call('HDEL', key('worker', fields[1]), id)
@@ -72,8 +90,14 @@ local function close_log(id, event)
   if fields[3] ~= '' then
     redis.call('ZREM', deadlines, id)
   end
-  for _, kind in ipairs({'state', 'tokens', 'logprobs', 'prompt_logprobs', 'request'}) do
+  for _, kind in ipairs({'state', 'tokens', 'logprobs', 'prompt_logprobs', 'request', 'context'}) do
     redis.call('PEXPIRE', key(kind, id), fields[2])
+  end
+  if fields[5] then
+    redis.call('PEXPIRE', key('claim', fields[5]), fields[2])
+  end
+  if fields[6] then
+    charge(cmsgpack.unpack(fields[6]), {tokens = redis.call('STRLEN', key('tokens', id)) / 4})
   end
   return fields[1], fields[4]
 end

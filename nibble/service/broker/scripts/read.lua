@@ -1,7 +1,7 @@
 -- Reads token logs from given positions on, and makes the caller a receiver of their live events.
 -- ARGV: gateway, wants_request, then id and first index of each.
 -- Returns {number of live workers, one entry per id}: {} if the id is unknown, else {packed tokens, final event or '',
--- status, request if wanted or '', the tokens' log probabilities or '', those of the prompt or ''}.
+-- status, request if wanted or '', the tokens' log probabilities or '', those of the prompt or '', context if wanted}.
 
 local gateway, wants_request = ARGV[1], ARGV[2] == '1'
 
@@ -30,6 +30,7 @@ for i = 3, #ARGV, 2 do
     entry[4] = wants_request and redis.call('GET', key('request', id)) or ''
     entry[5] = logprobs_from(id, tonumber(ARGV[i + 1]))
     entry[6] = redis.call('GET', key('prompt_logprobs', id)) or ''
+    entry[7] = wants_request and redis.call('GET', key('context', id)) or ''
   end
   entries[#entries + 1] = entry
 end
