@@ -210,6 +210,33 @@ def plan(
         _fail(str(error))
 
 
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Who it is for, in logs. Keys with one name share their limits.")],
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Requests that may be queued.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Tokens of prompts and answers.")] = None,
+    tokens_per_day: Annotated[int | None, typer.Option(min=1, help="Tokens of prompts and answers.")] = None,
+    priority: Annotated[
+        int, typer.Option(min=-50, max=50, help="Added to that of each request; lower goes first.")
+    ] = 0,
+) -> None:
+    """Make an API key: the key on stderr, shown this once; its line for NIBBLE_API_KEYS_FILE on stdout."""
+    from nibble.service.gateway.api_keys import KeyFileError, key_line, make_key
+
+    secret = make_key()
+    limits = {
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "tokens_per_day": tokens_per_day,
+    }
+    try:
+        line = key_line(secret, name=name, priority=priority, **limits)
+    except KeyFileError as error:
+        _fail(str(error), exit_code=2)
+    typer.echo(secret, err=True)
+    typer.echo(line)
+
+
 @app.command("version")
 def print_version() -> None:
     """Print the version."""

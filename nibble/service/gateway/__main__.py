@@ -14,6 +14,7 @@ import sys
 
 import uvicorn
 
+from nibble.service.gateway.api_keys import KeyFileError
 from nibble.service.gateway.app import create_app, create_gateway
 from nibble.service.gateway.detokenizer import UnsupportedDecoder
 from nibble.service.gateway.errors import Unavailable
@@ -53,7 +54,7 @@ def main() -> int:
         gateway = create_gateway(settings)
         gateway.model.grammars.warm_up()
         listener = _listen(settings.host, settings.port)
-    except (SettingsError, ModelFilesError, UnsupportedDecoder, OSError) as error:
+    except (SettingsError, KeyFileError, ModelFilesError, UnsupportedDecoder, OSError) as error:
         sys.stderr.write(f"nibble gateway: {error}\n")
         return 1
     config = uvicorn.Config(

@@ -1,6 +1,6 @@
 """The ASGI application of the gateway: routes, error answers, and the layers around them (pure ASGI, all of them).
 
-Boundary (request id, counting, 500) -> ApiKeyMiddleware -> FastAPI (routes; ApiError -> JSON)
+Boundary (request id, counting, 500) -> CORS, if asked for -> ApiKeyMiddleware -> FastAPI (routes; ApiError -> JSON)
 """
 
 from __future__ import annotations
@@ -14,27 +14,45 @@ from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from nibble.service.broker.gateway_side import GatewayBroker
+from nibble.service.gateway.api_keys import KeyRing
 from nibble.service.gateway.auth import ApiKeyMiddleware
 from nibble.service.gateway.boundary import Boundary
 from nibble.service.gateway.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, ServerFault
 from nibble.service.gateway.gateway import Gateway, nibble_version
 from nibble.service.gateway.metrics import GatewayMetrics
-from nibble.service.gateway.routes import chat_completions, completions, models, operations
+from nibble.service.gateway.routes import chat_completions, completions, models, operations, tokenization
 from nibble.service.gateway.routes.body import SCHEMA_REF
 from nibble.service.gateway.schema.chat import ChatCompletionRequest
 from nibble.service.gateway.schema.text import CompletionRequest
+from nibble.service.gateway.schema.tokenization import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 from nibble.service.gateway.served_model import load_served_model
 from nibble.service.gateway.settings import GatewaySettings
 
-_BODIES = (ChatCompletionRequest, CompletionRequest)
+# What a page of another origin may read.
+_EXPOSED_HEADERS = (
+    "x-request-id",
+    "x-nibble-ignored",
+    "retry-after",
+    "retry-after-ms",
+    *(f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
+)
+_BODIES = (
+    ChatCompletionRequest,
+    CompletionRequest,
+    TokenizeTextRequest,
+    TokenizeChatRequest,
+    DetokenizeRequest,
+)
 
 
 def create_gateway(settings: GatewaySettings) -> Gateway:
-    """Read the model's files; nothing is connected yet. Raises ModelFilesError, UnsupportedDecoder."""
+    """Read the model's files; nothing is connected yet. Raises ModelFilesError, UnsupportedDecoder, KeyFileError."""
+    keys = KeyRing(settings.api_keys, settings.api_keys_file)
     model = load_served_model(
         settings.model_dir,
         settings.model_name,
@@ -52,7 +70,7 @@ def create_gateway(settings: GatewaySettings) -> Gateway:
         log_ttl_s=settings.log_ttl_s,
     )
     metrics = GatewayMetrics(model.name, vllm_names=settings.vllm_metric_names)
-    return Gateway(settings, model, broker, metrics)
+    return Gateway(settings, model, broker, metrics, keys)
 
 
 def create_app(gateway: Gateway) -> ASGIApp:
@@ -71,14 +89,23 @@ def create_app(gateway: Gateway) -> ASGIApp:
     app.include_router(chat_completions.router)
     app.include_router(completions.router)
     app.include_router(models.router)
+    app.include_router(tokenization.router)
     app.include_router(operations.router)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's documented way to extend it
     settings = gateway.settings
-    keyed = ApiKeyMiddleware(app, api_keys=settings.api_keys, metrics_public=settings.metrics_public)
-    return Boundary(keyed, gateway.metrics.responses)
+    inner: ASGIApp = ApiKeyMiddleware(app, keys=gateway.keys, metrics_public=settings.metrics_public)
+    if settings.cors_origins:  # outside the keys: a browser's preflight request has none
+        inner = CORSMiddleware(
+            inner,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=_EXPOSED_HEADERS,
+        )
+    return Boundary(inner, gateway.metrics.responses)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -33,8 +33,10 @@ async def to_generation_requests(request: ChatCompletionRequest, model: ServedMo
         raise InvalidRequest("top_logprobs is only allowed when logprobs is true", param="top_logprobs")
     use = tool_use(request)
     prompt = ChatPrompt(request, model, use)
-    is_short = prompt.num_chars <= _INLINE_CHARS
-    text, token_ids = _encoded(prompt, model) if is_short else await asyncio.to_thread(_encoded, prompt, model)
+    text, token_ids = await _prompt(prompt, model)
+    if len(token_ids) >= model.context_length:
+        what = f"the prompt has {len(token_ids)} tokens and the completion needs at least 1"
+        raise too_long(what, model.context_length, "messages")
     format = _answer_format(model, use, text, prompt.continued)
     content = await model.grammars.grammar_of(request)
     return make_plan(
@@ -63,6 +65,18 @@ def _requested_max_tokens(request: ChatCompletionRequest) -> int | None:
     return old if new is None else new
 
 
+async def prompt_token_ids(request: ChatCompletionRequest, model: ServedModel) -> list[int]:
+    """Raises InvalidRequest, or ContextLengthExceeded where it takes no encoding to tell; others may be too long."""
+    check_supported(request)
+    _, token_ids = await _prompt(ChatPrompt(request, model, tool_use(request)), model)
+    return token_ids
+
+
+async def _prompt(prompt: ChatPrompt, model: ServedModel) -> tuple[str, list[int]]:
+    is_short = prompt.num_chars <= _INLINE_CHARS
+    return _encoded(prompt, model) if is_short else await asyncio.to_thread(_encoded, prompt, model)
+
+
 def _encoded(prompt: ChatPrompt, model: ServedModel) -> tuple[str, list[int]]:
     text = prompt.render()
     limit = model.context_length
@@ -73,8 +87,6 @@ def _encoded(prompt: ChatPrompt, model: ServedModel) -> tuple[str, list[int]]:
     token_ids = model.encode(text)
     if not token_ids:
         raise InvalidRequest("the messages render to an empty prompt", param="messages")
-    if len(token_ids) >= limit:
-        raise too_long(f"the prompt has {len(token_ids)} tokens and the completion needs at least 1", limit, "messages")
     return text, token_ids
 
 

@@ -6,12 +6,14 @@ for each chunk costs 5 to 40 times as much).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from nibble.service.gateway.answer_parser import Answer, Parts
+from nibble.service.gateway.errors import ApiError
 from nibble.service.gateway.generation import Delta, Generation, Usage
 from nibble.service.gateway.logprobs import TokenLogprob
 from nibble.service.gateway.shapes import Shape
@@ -38,11 +40,23 @@ class ChunkEncoder:
 
     The position is the number of tokens that the text so far is made of, one for each choice, joined by dots; the
     chunk with the finish reason and the one with the usage each count as one more.
+
+    after: the position from where a client resumes; () is the beginning.
     """
 
     def __init__(
-        self, identity: Identity, shape: Shape, num_choices: int, *, include_usage: bool, has_logprobs: bool = False
+        self,
+        identity: Identity,
+        shape: Shape,
+        num_choices: int,
+        *,
+        include_usage: bool,
+        has_logprobs: bool = False,
+        after: Sequence[int] = (),
     ) -> None:
+        self._after = after
+        if after:
+            self.delta = self._delta_after  # type: ignore[method-assign]
         self._identity = identity
         self._shape = shape
         self._include_usage = include_usage
@@ -58,6 +72,8 @@ class ChunkEncoder:
 
     def opening(self) -> bytes:
         """What comes before the first delta, for each choice."""
+        if self._after:
+            return b""
         choices = [self._shape.opening(choice) for choice in range(len(self._positions))]
         return b"".join(self._event(self._chunk(choice)) for choice in choices if choice is not None)
 
@@ -77,12 +93,29 @@ class ChunkEncoder:
             events += self._event(self._chunk(self._shape.chunk(choice, None, None, finish_reason)))
         return events
 
+    def _delta_after(self, delta: Delta) -> bytes:
+        """Those events of a delta that the client does not have."""
+        choice, after = delta.choice, self._after[delta.choice]
+        if delta.num_tokens > after:
+            return type(self).delta(self, delta)
+        self._positions[choice] = delta.num_tokens
+        if delta.finish_reason is None:
+            return b""
+        last = type(self).delta(self, Delta(choice, "", delta.finish_reason, delta.num_tokens))
+        return last if self._positions[choice] > after else b""
+
     def closing(self, usage: Usage) -> bytes:
         """What follows the last delta of an answer without error."""
         if not self._include_usage:
             return DONE
         self._positions[-1] += 1
+        if self._after and self._positions[-1] <= self._after[-1]:
+            return DONE
         return self._event(orjson.dumps({**self._common(), "choices": [], "usage": usage.openai_json()})) + DONE
+
+    def failure(self, error: ApiError, usage: Usage) -> bytes:
+        """What follows the last delta of an answer that ended with an error."""
+        return b"data: " + error.body() + b"\n\n" + DONE
 
     def _chunk(self, choice: dict[str, Any]) -> bytes:
         usage = {"usage": None} if self._include_usage else {}

@@ -7,7 +7,8 @@
     ├── NotFound                  404  unknown model (model_not_found), request id or URL
     ├── MethodNotAllowed          405
     ├── BodyTooLarge              413
-    ├── Overloaded                429  the queue is full; with Retry-After
+    ├── IdempotencyConflict       422  an Idempotency-Key was used before, for something else
+    ├── Overloaded                429  the queue is full, or a key's limit is reached; with Retry-After
     ├── Cancelled                 499  someone asked for the request to be cancelled
     ├── ServerFault               500  a bug here, or a worker failed the request
     ├── Unavailable               503  no worker, no broker, or shutting down; with Retry-After
@@ -27,7 +28,15 @@ import orjson
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from nibble.service.broker.errors import BrokerError, BrokerUnavailable, NoWorker, QueueFull, UnknownRequest
+from nibble.service.broker.errors import (
+    BrokerError,
+    BrokerUnavailable,
+    NoWorker,
+    OverQuota,
+    QueueFull,
+    UnknownRequest,
+)
+from nibble.service.gateway.rate_limits import rate_limit_headers
 
 _UNAVAILABLE_RETRY_S = 1.0  # for outages whose end nobody can compute
 _MAX_SHOWN_CHARS = 80  # of a value that was sent
@@ -47,7 +56,7 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.code = code or self.code
-        self.headers = _retry_headers(retry_after_s) if retry_after_s is not None else {}
+        self.headers: Mapping[str, str] = _retry_headers(retry_after_s) if retry_after_s is not None else {}
 
     def body(self) -> bytes:
         """The JSON that goes into a response body or an SSE event."""
@@ -84,6 +93,12 @@ class BodyTooLarge(ApiError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class IdempotencyConflict(ApiError):
+    status = 422
+    type = "invalid_request_error"
+    code = "idempotency_key_reused"
 
 
 class Overloaded(ApiError):
@@ -125,6 +140,12 @@ def from_broker(error: BrokerError) -> ApiError:
         case QueueFull():
             message = f"{error.queued} requests are waiting, the limit is {error.limit}; retry later"
             return Overloaded(message, retry_after_s=error.retry_after_s)
+        case OverQuota(limit=limit):
+            period = {60: "minute", 86400: "day"}.get(limit.period_s, f"{limit.period_s} s")
+            message = f"the limit of this API key is {limit.amount} {limit.unit} per {period}; retry later"
+            overloaded = Overloaded(message, code="rate_limit_exceeded", retry_after_s=error.retry_after_s)
+            overloaded.headers = {**overloaded.headers, **rate_limit_headers(error.levels)}
+            return overloaded
         case NoWorker():
             message = "no worker is ready for this model; retry later"
             return Unavailable(message, code="no_worker", retry_after_s=error.retry_after_s)

@@ -51,9 +51,9 @@ def check_supported(request: SamplingBody) -> None:
 def ignored_fields(request: SamplingBody) -> tuple[str, ...]:
     """Names of the fields that were sent and have no effect, unknown ones included."""
     known = [field for field in _REPORTED if _known(request, field)]
-    unknown = _set_extras(request.model_extra)
+    unknown = set_extras(request.model_extra)
     options = request.stream_options
-    nested = [f"stream_options.{name}" for name in _set_extras(options.model_extra)] if options else []
+    nested = [f"stream_options.{name}" for name in set_extras(options.model_extra)] if options else []
     return tuple([*known, *unknown, *nested, *_ignored_description(request)])
 
 
@@ -74,5 +74,6 @@ def _known(request: SamplingBody, field: str) -> Any:
     return getattr(request, field) if field in type(request).model_fields else None
 
 
-def _set_extras(extra: Mapping[str, Any] | None) -> list[str]:
+def set_extras(extra: Mapping[str, Any] | None) -> list[str]:
+    """Names of the unknown fields of a body that were set."""
     return [name for name, value in (extra or {}).items() if value is not None]

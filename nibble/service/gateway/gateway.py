@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from nibble.service.broker.gateway_side import GatewayBroker
+from nibble.service.gateway.api_keys import KeyRing
 from nibble.service.gateway.errors import ApiError
 from nibble.service.gateway.metrics import GatewayMetrics
 from nibble.service.gateway.served_model import ServedModel
@@ -36,6 +37,7 @@ class Gateway:
     model: ServedModel
     broker: GatewayBroker
     metrics: GatewayMetrics
+    keys: KeyRing
     in_flight: set[Generation] = field(default_factory=set)
     is_draining: bool = False
     _fleet: Fleet | None = None

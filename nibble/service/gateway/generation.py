@@ -1,7 +1,8 @@
 """One client request in flight: its choices' token streams, merged into one sequence of deltas.
 
 Both kinds of answer are made of these deltas: `completion.py` encodes each, or folds them all. Whatever happens,
-`close` is called once: it aborts what still runs, so that no worker generates for nobody.
+`close` is called once: it aborts what still runs, so that no worker generates for nobody. A generation that was not
+started but is followed (`follow.py`) belongs to somebody else: nothing is aborted, and nothing counted twice.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from nibble.engine.protocol import FinishReason, TokenEvent
-from nibble.service.broker.errors import BrokerError
+from nibble.service.broker.errors import AlreadyClaimed, BrokerError
+from nibble.service.broker.terms import Level, Terms
 from nibble.service.broker.token_stream import TokenStream
 from nibble.service.gateway.answer_parser import Parts
 from nibble.service.gateway.choice import Choice
@@ -22,6 +24,7 @@ from nibble.service.gateway.errors import ApiError, Cancelled, DeadlineExceeded,
 from nibble.service.gateway.gateway import Gateway
 from nibble.service.gateway.logprobs import TokenLogprob
 from nibble.service.gateway.plan import Plan
+from nibble.service.gateway.regroup import singly
 from nibble.service.gateway.tool_call_parser import CallDelta
 
 logger = logging.getLogger(__name__)
@@ -63,28 +66,37 @@ class Usage:
 
 
 class Generation:
-    """Made by `start`. When `interrupted` is set, the client is told that error and `deltas` is left."""
+    """Made by `start` or `follow`. When `interrupted` is set, the client is told that error and `deltas` is left.
 
-    def __init__(self, plan: Plan, gateway: Gateway) -> None:
+    outlives_client: it goes on when its client leaves, who may come back for it.
+    """
+
+    def __init__(self, plan: Plan, gateway: Gateway, *, is_owner: bool = True, outlives_client: bool = False) -> None:
         self.plan = plan
+        self.outlives_client = outlives_client
         self.choices = [
             Choice(plan, gateway.model.make_detokenizer(plan.skip_special_tokens, plan.shown_tokens), index)
             for index in range(len(plan.requests))
         ]
         self.interrupted: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         self._gateway = gateway
+        self._is_owner = is_owner
         self._streams: list[TokenStream] = []
+        self._singly_until: Sequence[int] = ()  # tokens that are taken one by one
         self._timers: list[asyncio.TimerHandle] = []
         self._ttft_s: float | None = None
         self._last_token_s = [0.0] * len(plan.requests)
 
     @classmethod
-    async def start(cls, plan: Plan, gateway: Gateway) -> Generation:
-        """Submit all choices, or none. Raises ApiError."""
-        generation = cls(plan, gateway)
+    async def start(cls, plan: Plan, gateway: Gateway, terms: Terms) -> Generation:
+        """Submit all choices, or none; the terms are those of the first. Raises ApiError, AlreadyClaimed."""
+        generation = cls(plan, gateway, outlives_client=terms.claim is not None)
         try:
             for request in plan.requests:
-                generation._streams.append(await gateway.broker.submit(request))
+                generation._streams.append(await gateway.broker.submit(request, terms))
+                terms = Terms(quota=terms.quota)
+        except AlreadyClaimed:
+            raise
         except BrokerError as error:
             await generation._abort_unfinished()
             raise from_broker(error) from error
@@ -95,6 +107,27 @@ class Generation:
         gateway.metrics.num_waiting += 1
         generation._start_timers()
         return generation
+
+    @classmethod
+    def follow(
+        cls, plan: Plan, gateway: Gateway, streams: Sequence[TokenStream], after: Sequence[int] = ()
+    ) -> Generation:
+        """Give an answer again. `after`: tokens of each choice that the client has; a delta ends exactly there."""
+        generation = cls(plan, gateway, is_owner=False)
+        generation._streams = list(streams)
+        generation._singly_until = after
+        gateway.in_flight.add(generation)
+        return generation
+
+    @property
+    def quota_levels(self) -> tuple[Level, ...]:
+        """How far the key's limits are used."""
+        return self._streams[0].quota_levels
+
+    @property
+    def is_complete(self) -> bool:
+        """All tokens are here."""
+        return all(stream.is_complete for stream in self._streams)
 
     def deltas(self) -> AsyncIterator[Delta]:
         """Every choice ends with a delta that has a finish_reason. Raises ApiError if one fails."""
@@ -127,13 +160,17 @@ class Generation:
         for timer in self._timers:
             timer.cancel()
         self._gateway.in_flight.discard(self)
-        self._count(error)
-        await asyncio.shield(self._abort_unfinished())
+        if self._is_owner:
+            self._count(error)
+            await asyncio.shield(self._abort_unfinished())
+        else:
+            for stream in self._streams:
+                stream.close()
 
     async def _choice_deltas(self, index: int) -> AsyncIterator[Delta]:
         choice = self.choices[index]
         try:
-            async for event in self._streams[index]:
+            async for event in self._events(index):
                 text = self._push(index, event)
                 reason = choice.finish_reason
                 if reason is FinishReason.ERROR or reason is FinishReason.ABORT:
@@ -183,11 +220,15 @@ class Generation:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _events(self, index: int) -> AsyncIterator[TokenEvent]:
+        stream = self._streams[index]
+        return singly(stream, self._singly_until[index]) if self._singly_until else stream
+
     def _push(self, index: int, event: TokenEvent) -> str:
         choice = self.choices[index]
         before = choice.num_tokens
         text = choice.push(event)
-        if num_new := choice.num_tokens - before:
+        if (num_new := choice.num_tokens - before) and self._is_owner:
             self._observe_tokens(index, num_new, is_first=before == 0)
         return text
 

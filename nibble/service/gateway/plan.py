@@ -36,7 +36,8 @@ class ClientContext:
     arrival_s: float
     deadline_s: float | None = None
     first_token_by_s: float | None = None
-    tenant: str = ""  # of the API key
+    tenant: str = ""  # the name of the API key
+    priority: int = 0  # that of the API key
     default_max_tokens: int | None = None
     cache_scope: str = ""  # requests of different scopes share nothing in the prefix cache
 
@@ -96,7 +97,7 @@ def make_plan(
                 sampling=msgspec.structs.replace(sampling, seed=choice_seed(sampling.seed, choice)),
                 arrival_s=client.arrival_s,
                 deadline_s=client.deadline_s,
-                priority=priority + (request.priority or 0),
+                priority=priority + client.priority + (request.priority or 0),
                 grammar=wishes.grammar,
                 tenant=f"{client.tenant}:{user}" if client.tenant and user else client.tenant or user,
                 cache_salt=_cache_salt(request, client),

@@ -9,17 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from nibble.service.gateway.boundary import SERVER_SEND
-from nibble.service.gateway.completion import DONE, KEEP_ALIVE, ChunkEncoder, Identity, fold
+from nibble.service.gateway.completion import KEEP_ALIVE
 from nibble.service.gateway.errors import ApiError, Cancelled, ServerFault
-from nibble.service.gateway.generation import Generation
-from nibble.service.gateway.shapes import Shape
+from nibble.service.gateway.generation import Delta, Generation, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +40,9 @@ class ClientGone(Cancelled):
 class _GenerationResponse(Response):
     """Base of both: the generation is closed exactly once, before the end is written."""
 
-    def __init__(self, generation: Generation, identity: Identity, shape: Shape, headers: Mapping[str, str]) -> None:
+    def __init__(self, generation: Generation, headers: Mapping[str, str]) -> None:
         super().__init__()
         self._generation = generation
-        self._identity = identity
-        self._shape = shape
         self._extra_headers = headers
 
     async def _send_error(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,14 +54,14 @@ class _GenerationResponse(Response):
         """Run the work until it ends, the client is gone or the generation is interrupted; close the generation."""
         error: ApiError | None = None
         try:
-            result = await _until_interrupted(work, watcher, self._generation.interrupted)
+            result = await _until_interrupted(work, watcher, self._generation)
         except ApiError as raised:
             error = raised
         except asyncio.CancelledError:
             error = ServerFault("the gateway was stopped")
             raise
         except Exception:  # the ASGI boundary: only here can an answer that has begun be ended properly
-            logger.exception("request_id=%s failed", self._identity.request_id)
+            logger.exception("request_id=%s failed", self._generation.plan.request_id)
             error = ServerFault("internal error; the log of the gateway has its cause")
         finally:
             await self._generation.close(error)
@@ -72,28 +69,51 @@ class _GenerationResponse(Response):
 
 
 class CompletionResponse(_GenerationResponse):
-    """The whole answer in one JSON body."""
+    """The whole answer in one JSON body, which `fold` makes."""
+
+    def __init__(
+        self, generation: Generation, fold: Callable[[], Coroutine[Any, Any, bytes]], headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(generation, headers)
+        self._fold = fold
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outcome = await self._concluded(fold(self._generation, self._identity, self._shape), _until_disconnect(receive))
+        outcome = await self._concluded(self._fold(), _until_disconnect(receive))
         if isinstance(outcome, ApiError):
             await self._send_error(outcome, scope, receive, send)
         else:
             await Response(outcome, 200, self._extra_headers, _JSON)(scope, receive, send)
 
 
+class StreamEncoder(Protocol):
+    """An answer as server-sent events."""
+
+    def opening(self) -> bytes: ...
+
+    def delta(self, delta: Delta) -> bytes: ...
+
+    def closing(self, usage: Usage) -> bytes: ...
+
+    def failure(self, error: ApiError, usage: Usage) -> bytes: ...
+
+
 class StreamResponse(_GenerationResponse):
-    """Server-sent events, with a comment after each keep_alive_s of silence."""
+    """Server-sent events, with a comment after each keep_alive_s of silence.
+
+    before_end: awaited when the client has everything but the end.
+    """
 
     def __init__(
         self,
         generation: Generation,
-        identity: Identity,
-        shape: Shape,
+        encoder: StreamEncoder,
         headers: Mapping[str, str],
         keep_alive_s: float,
+        before_end: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        super().__init__(generation, identity, shape, headers)
+        super().__init__(generation, headers)
+        self._encoder = encoder
+        self._before_end = before_end
         self.raw_headers = [(name.encode(), value.encode()) for name, value in {**_SSE_HEADERS, **headers}.items()]
         self._keep_alive_s = keep_alive_s
         self._last_sent_s = time.monotonic()
@@ -102,25 +122,20 @@ class StreamResponse(_GenerationResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         send_chunk = scope.get(SERVER_SEND, send)
         outcome = await self._concluded(self._stream(send, send_chunk), self._keep_alive(receive, send_chunk))
-        if not isinstance(outcome, ApiError):
-            await send({"type": "http.response.body", "body": outcome, "more_body": False})
-        elif not self._is_started:
+        if isinstance(outcome, ApiError) and not self._is_started:
             await self._send_error(outcome, scope, receive, send)
-        elif not isinstance(outcome, ClientGone):
-            end = b"data: " + outcome.body() + b"\n\n" + DONE
+            return
+        end = outcome
+        if isinstance(end, ApiError):
+            end = self._encoder.failure(end, self._generation.usage())
+        if self._before_end is not None:
+            await self._before_end()
+        if not isinstance(outcome, ClientGone):
             await send({"type": "http.response.body", "body": end, "more_body": False})
 
     async def _stream(self, send: Send, send_chunk: Send) -> bytes:
         """Send all but the last bytes, which are returned."""
-        generation = self._generation
-        plan = generation.plan
-        encoder = ChunkEncoder(
-            self._identity,
-            self._shape,
-            len(plan.requests),
-            include_usage=plan.include_usage,
-            has_logprobs=plan.num_logprobs is not None,
-        )
+        generation, encoder = self._generation, self._encoder
         self._is_started = True
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         if opening := encoder.opening():
@@ -152,12 +167,15 @@ async def _until_disconnect(receive: Receive) -> None:
 
 
 async def _until_interrupted(
-    work: Coroutine[Any, Any, T], watcher: Coroutine[Any, Any, None], interrupted: asyncio.Future[ApiError]
+    work: Coroutine[Any, Any, T], watcher: Coroutine[Any, Any, None], generation: Generation
 ) -> T:
     """Return what the work returns. Raises what it raises, what it was interrupted with, or ClientGone."""
-    task, watching = asyncio.create_task(work), asyncio.create_task(watcher)
+    task, watching, interrupted = asyncio.create_task(work), asyncio.create_task(watcher), generation.interrupted
     try:
         await asyncio.wait((task, watching, interrupted), return_when=asyncio.FIRST_COMPLETED)
+        if watching.done() and generation.outlives_client:  # what it sends from now on goes nowhere
+            watching.result()
+            await asyncio.wait((task, interrupted), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         if interrupted.done():

@@ -24,12 +24,13 @@ class GatewaySettings(ProcessSettings):
 
     model_name: what clients call the model, the directory's name by default. tool_call_parser, reasoning_parser: how
     the model writes calls and reasoning (tool_styles.py), by default as its chat template tells. api_keys: separated
-    by commas; none means that no key is asked for. metrics_public: /metrics needs no key. default_max_tokens: for
-    requests that set none, which otherwise may fill the context. cache_per_key: requests with different API keys
-    share nothing in the prefix cache, whose hits can be told by the time to the first token. drain_s: how long
-    running answers may go on after SIGTERM. keep_alive_s: an SSE comment is sent after that much silence, so that
-    proxies keep the connection. needs_worker: refuse requests while no worker is alive; false where workers scale
-    from zero. The last four are those of GatewayBroker.
+    by commas; none, and no api_keys_file (those are hashed, and may have limits: api_keys.py), means that no key is
+    asked for. metrics_public: /metrics needs no key. cors_origins: separated by commas; pages from there may call from
+    a browser. default_max_tokens: for requests that set none, which otherwise may fill the context. cache_per_key:
+    requests with different API keys share nothing in the prefix cache, whose hits can be told by the time to the first
+    token. drain_s: how long running answers may go on after SIGTERM. keep_alive_s: an SSE comment is sent after that
+    much silence, so that proxies keep the connection. needs_worker: refuse requests while no worker is alive; false
+    where workers scale from zero. The last four are those of GatewayBroker.
     """
 
     model_dir: Path
@@ -40,7 +41,9 @@ class GatewaySettings(ProcessSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_keys: Annotated[tuple[str, ...], NoDecode] = ()
+    api_keys_file: Path | None = None
     metrics_public: bool = False
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
     vllm_metric_names: bool = True
     max_queued_requests: Annotated[int, Field(ge=1)] = 1024
     default_max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -53,7 +56,7 @@ class GatewaySettings(ProcessSettings):
     max_attempts: Annotated[int, Field(ge=1)] = 3
     log_ttl_s: Annotated[float, Field(gt=0)] = 600.0
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(key.strip() for key in value.split(",") if key.strip()) if isinstance(value, str) else value
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

@@ -48,7 +48,8 @@ async def _prompts(request: CompletionRequest, model: ServedModel) -> list[list[
     prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     token_ids = []
     for i, prompt in enumerate(prompts):
-        ids = await _encode(prompt, request, model) if isinstance(prompt, str) else list(prompt)
+        adds_special_tokens = request.add_special_tokens is not False
+        ids = await encode(prompt, model, adds_special_tokens) if isinstance(prompt, str) else list(prompt)
         field = "prompt" if len(prompts) == 1 else f"prompt[{i}]"
         if not ids:
             raise InvalidRequest(f"{field}: should not be empty", param="prompt")
@@ -62,8 +63,9 @@ async def _prompts(request: CompletionRequest, model: ServedModel) -> list[list[
     return token_ids
 
 
-async def _encode(prompt: str, request: CompletionRequest, model: ServedModel) -> list[int]:
-    bound, adds_special_tokens = model.max_bytes_per_token, request.add_special_tokens is not False
+async def encode(prompt: str, model: ServedModel, adds_special_tokens: bool) -> list[int]:
+    """Raises ContextLengthExceeded for a text that need not even be encoded; others may be too long too."""
+    bound = model.max_bytes_per_token
     if bound is not None and len(prompt) > model.context_length * bound:  # certainly too long: don't encode it
         raise too_long(f"the prompt has more than {len(prompt) // bound} tokens", model.context_length, "prompt")
     if len(prompt) <= _INLINE_CHARS:

@@ -73,7 +73,7 @@ class Plan:
             address=address,
             metrics_ports=tuple(claim_port_near(worker.metrics_host, port) for port in wanted),
             drain_s=gateway.drain_s if "NIBBLE_DRAIN_S" in user else DRAIN_S,
-            needs_key=bool(gateway.api_keys),
+            needs_key=bool(gateway.api_keys or gateway.api_keys_file),
         )
 
     def processes(self, user: Mapping[str, str], redis_url: str, model: Model) -> tuple[ProcessSpec, ...]:

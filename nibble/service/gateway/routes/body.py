@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import orjson
 from fastapi import Request
 from pydantic import BaseModel
+from starlette.responses import Response
 
 from nibble.service.gateway.errors import BodyTooLarge
 from nibble.service.gateway.gateway import Gateway
@@ -35,7 +37,12 @@ def _too_large(size: str, max_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body has {size}, the limit is {max_bytes}")
 
 
-def body_schema(model: type[BaseModel]) -> dict[str, Any]:
+def json_response(value: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(value), status, media_type="application/json")
+
+
+def body_schema(*models: type[BaseModel]) -> dict[str, Any]:
     """`openapi_extra` of a route that validates its body itself; app.py adds the components it refers to."""
-    schema = {"$ref": SCHEMA_REF.format(model=model.__name__)}
+    references = [{"$ref": SCHEMA_REF.format(model=model.__name__)} for model in models]
+    schema = references[0] if len(references) == 1 else {"anyOf": references}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

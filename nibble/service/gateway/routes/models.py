@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from nibble.service.broker.errors import BrokerError
 from nibble.service.gateway.errors import model_not_found
 from nibble.service.gateway.gateway import Gateway
-from nibble.service.gateway.routes.body import gateway_of
+from nibble.service.gateway.routes.body import gateway_of, json_response
 
 router = APIRouter(tags=["models"])
 
@@ -20,7 +19,7 @@ router = APIRouter(tags=["models"])
 async def list_models(request: Request) -> Response:
     """List the models that can be named in a request."""
     models = [await _model_object(gateway_of(request))]
-    return _json({"object": "list", "data": models})
+    return json_response({"object": "list", "data": models})
 
 
 @router.get("/v1/models/{model:path}")
@@ -29,7 +28,7 @@ async def retrieve_model(model: str, request: Request) -> Response:
     gateway = gateway_of(request)
     if model != gateway.model.name:
         raise model_not_found(model)
-    return _json(await _model_object(gateway))
+    return json_response(await _model_object(gateway))
 
 
 async def _model_object(gateway: Gateway) -> dict[str, Any]:
@@ -44,7 +43,3 @@ async def _model_object(gateway: Gateway) -> dict[str, Any]:
         "owned_by": "nibble",
         "max_model_len": model.context_length,  # not OpenAI's, but read by many clients
     }
-
-
-def _json(value: Any) -> Response:
-    return Response(orjson.dumps(value), media_type="application/json")

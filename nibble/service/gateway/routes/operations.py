@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import orjson
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from nibble.service.broker.errors import BrokerError
 from nibble.service.gateway.gateway import Gateway, nibble_version
-from nibble.service.gateway.routes.body import gateway_of
+from nibble.service.gateway.routes.body import gateway_of, json_response
 
 router = APIRouter(tags=["operations"])
 
@@ -19,7 +16,7 @@ router = APIRouter(tags=["operations"])
 @router.get("/health")
 async def health() -> Response:
     """Whether this process lives; a broken broker or worker is no reason to restart it."""
-    return _json({"status": "ok"})
+    return json_response({"status": "ok"})
 
 
 @router.get("/ready")
@@ -28,8 +25,8 @@ async def ready(request: Request) -> Response:
     gateway = gateway_of(request)
     reason = await _why_not_ready(gateway)
     if reason is None:
-        return _json({"status": "ready", "model": gateway.model.name})
-    return _json({"status": "not ready", "model": gateway.model.name, "reason": reason}, status=503)
+        return json_response({"status": "ready", "model": gateway.model.name})
+    return json_response({"status": "not ready", "model": gateway.model.name, "reason": reason}, status=503)
 
 
 @router.get("/metrics")
@@ -41,7 +38,7 @@ async def metrics(request: Request) -> Response:
 @router.get("/version")
 async def version(request: Request) -> Response:
     """Version of this server and the model it serves."""
-    return _json({"version": nibble_version(), "model": gateway_of(request).model.name})
+    return json_response({"version": nibble_version(), "model": gateway_of(request).model.name})
 
 
 async def _why_not_ready(gateway: Gateway) -> str | None:
@@ -55,7 +52,3 @@ async def _why_not_ready(gateway: Gateway) -> str | None:
     if "ready" in states:
         return None
     return f"no worker is ready: {', '.join(states)}" if states else "no worker is alive"
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(value), status, media_type="application/json")
