@@ -65,6 +65,7 @@ KNOWN_VARIABLES = frozenset(
         "NIBBLE_NO_WORKER_TIMEOUT_S",
         "NIBBLE_MAX_ATTEMPTS",
         "NIBBLE_LOG_TTL_S",
+        "NIBBLE_RESPONSE_TTL_S",
         # launcher
         "NIBBLE_CACHE_DIR",
         "NIBBLE_NUM_WORKERS",

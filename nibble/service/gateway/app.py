@@ -25,9 +25,10 @@ from nibble.service.gateway.boundary import Boundary
 from nibble.service.gateway.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, ServerFault
 from nibble.service.gateway.gateway import Gateway, nibble_version
 from nibble.service.gateway.metrics import GatewayMetrics
-from nibble.service.gateway.routes import chat_completions, completions, models, operations, tokenization
+from nibble.service.gateway.routes import chat_completions, completions, models, operations, responses, tokenization
 from nibble.service.gateway.routes.body import SCHEMA_REF
 from nibble.service.gateway.schema.chat import ChatCompletionRequest
+from nibble.service.gateway.schema.responses import ResponseRequest
 from nibble.service.gateway.schema.text import CompletionRequest
 from nibble.service.gateway.schema.tokenization import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 from nibble.service.gateway.served_model import load_served_model
@@ -44,6 +45,7 @@ _EXPOSED_HEADERS = (
 _BODIES = (
     ChatCompletionRequest,
     CompletionRequest,
+    ResponseRequest,
     TokenizeTextRequest,
     TokenizeChatRequest,
     DetokenizeRequest,
@@ -88,6 +90,7 @@ def create_app(gateway: Gateway) -> ASGIApp:
     app.state.gateway = gateway
     app.include_router(chat_completions.router)
     app.include_router(completions.router)
+    app.include_router(responses.router)
     app.include_router(models.router)
     app.include_router(tokenization.router)
     app.include_router(operations.router)

@@ -59,6 +59,7 @@ class Plan:
     include_usage: bool
     service_tier: str
     ignored: tuple[str, ...]
+    response: bytes = b""  # of a /v1/responses request alone: see response_request.py
     echoes: bool = False  # the prompt, too, is part of the text
     format: AnswerFormat | None = None  # how a text is taken apart; None: all of it is content
     continues_prompt: bool = False  # the text goes on where the prompt ends, in the middle of a sentence

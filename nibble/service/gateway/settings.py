@@ -30,7 +30,8 @@ class GatewaySettings(ProcessSettings):
     requests with different API keys share nothing in the prefix cache, whose hits can be told by the time to the first
     token. drain_s: how long running answers may go on after SIGTERM. keep_alive_s: an SSE comment is sent after that
     much silence, so that proxies keep the connection. needs_worker: refuse requests while no worker is alive; false
-    where workers scale from zero. The last four are those of GatewayBroker.
+    where workers scale from zero. response_ttl_s: how long a response of /v1/responses is kept, and those that it goes
+    on from. The others are those of GatewayBroker.
     """
 
     model_dir: Path
@@ -55,6 +56,7 @@ class GatewaySettings(ProcessSettings):
     no_worker_timeout_s: Annotated[float, Field(gt=0)] = 120.0
     max_attempts: Annotated[int, Field(ge=1)] = 3
     log_ttl_s: Annotated[float, Field(gt=0)] = 600.0
+    response_ttl_s: Annotated[float, Field(gt=0)] = 3600.0
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
