@@ -134,6 +134,7 @@ def _skeleton(request: ResponseRequest, plan: Plan, model: ServedModel) -> dict[
         "status": "in_progress",
         "background": False,
         "error": None,
+        "frequency_penalty": sampling.frequency_penalty,
         "incomplete_details": None,
         "instructions": request.instructions,
         "max_output_tokens": request.max_output_tokens,
@@ -141,6 +142,7 @@ def _skeleton(request: ResponseRequest, plan: Plan, model: ServedModel) -> dict[
         "model": model.name,
         "output": [],
         "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "presence_penalty": sampling.presence_penalty,
         "previous_response_id": request.previous_response_id,
         "prompt_cache_key": request.prompt_cache_key,
         "reasoning": {"effort": None, "summary": None, **given.get("reasoning", {})},
@@ -155,8 +157,8 @@ def _skeleton(request: ResponseRequest, plan: Plan, model: ServedModel) -> dict[
         "top_p": sampling.top_p,
         "truncation": "disabled",
         "usage": None,
-        "user": request.user,
         "metadata": request.metadata or {},
+        **({"user": request.user} if request.user else {}),
     }
 
 
