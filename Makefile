@@ -11,7 +11,7 @@ PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve chat bench bench-gpu install dev check format test test-gpu sanitize-gpu kernels lock clean
+.PHONY: help serve chat bench bench-gpu install dev check format test test-conformance test-gpu sanitize-gpu kernels lock clean
 
 help: ## Show the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -45,6 +45,10 @@ format: $(VENV)/dev.stamp ## Format the code and apply the safe lint fixes
 test: $(VENV)/dev.stamp ## The whole test suite that needs no GPU
 	$(BIN)/python -m pytest $(ARGS)
 
+test-conformance: $(VENV)/dev.stamp ## Clients and tools of others against the API
+	@$(PIP) install -r requirements/conformance.txt
+	$(BIN)/python -m pytest -m conformance $(ARGS)
+
 test-gpu: $(VENV)/dev.stamp ## The tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
@@ -63,6 +67,7 @@ lock: $(VENV)/dev.stamp ## Resolve pyproject.toml anew into requirements/*.txt
 	$(PIP_COMPILE) $(UPGRADE) -o requirements/dev.txt --extra gateway --extra worker-cpu --extra local --extra dev pyproject.toml
 	$(PIP_COMPILE) $(UPGRADE) -o requirements/cpu.txt -c requirements/dev.txt --extra gateway --extra worker-cpu --extra local pyproject.toml
 	$(PIP_COMPILE) $(UPGRADE) -o requirements/cuda.txt -c requirements/dev.txt --extra gateway --extra worker-cuda --extra local pyproject.toml
+	$(PIP_COMPILE) $(UPGRADE) -o requirements/conformance.txt -c requirements/dev.txt --extra gateway --extra worker-cpu --extra local --extra conformance pyproject.toml
 	@# A CPU build of torch resolves to `2.13.0+cpu`, which only PyTorch's own index has; `==2.13.0` accepts it and any other build.
 	sed -i 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements/*.txt
 	@# Of NVIDIA's packages the development tools need the compiler alone, for the tests that compile every kernel.

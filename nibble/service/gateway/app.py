@@ -11,11 +11,10 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp
 
 from nibble.service.broker.gateway_side import GatewayBroker
@@ -25,8 +24,8 @@ from nibble.service.gateway.boundary import Boundary
 from nibble.service.gateway.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, ServerFault
 from nibble.service.gateway.gateway import Gateway, nibble_version
 from nibble.service.gateway.metrics import GatewayMetrics
+from nibble.service.gateway.openapi_document import openapi_document
 from nibble.service.gateway.routes import chat_completions, completions, models, operations, responses, tokenization
-from nibble.service.gateway.routes.body import SCHEMA_REF
 from nibble.service.gateway.schema.chat import ChatCompletionRequest
 from nibble.service.gateway.schema.responses import ResponseRequest
 from nibble.service.gateway.schema.text import CompletionRequest
@@ -34,6 +33,14 @@ from nibble.service.gateway.schema.tokenization import DetokenizeRequest, Tokeni
 from nibble.service.gateway.served_model import load_served_model
 from nibble.service.gateway.settings import GatewaySettings
 
+_ROUTERS = (
+    chat_completions.router,
+    completions.router,
+    responses.router,
+    models.router,
+    tokenization.router,
+    operations.router,
+)
 # What a page of another origin may read.
 _EXPOSED_HEADERS = (
     "x-request-id",
@@ -88,12 +95,8 @@ def create_app(gateway: Gateway) -> ASGIApp:
 
     app = FastAPI(title="Nibble", version=nibble_version(), lifespan=lifespan, redoc_url=None)
     app.state.gateway = gateway
-    app.include_router(chat_completions.router)
-    app.include_router(completions.router)
-    app.include_router(responses.router)
-    app.include_router(models.router)
-    app.include_router(tokenization.router)
-    app.include_router(operations.router)
+    for router in _ROUTERS:
+        app.include_router(router)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
@@ -115,6 +118,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     """OpenAI's shape for our own errors, for the framework's (unknown URL, wrong method), and for bugs."""
     answer = error if isinstance(error, ApiError) else _from_framework(request, error)
     headers = {**answer.headers, **(getattr(error, "headers", None) or {})}
+    if isinstance(answer, MethodNotAllowed):
+        headers["Allow"] = _allowed_methods(request) or headers["Allow"]
     return Response(answer.body(), answer.status, headers, "application/json")
 
 
@@ -129,11 +134,16 @@ def _from_framework(request: Request, error: Exception) -> ApiError:
     return InvalidRequest(str(error.detail))
 
 
+def _allowed_methods(request: Request) -> str:
+    """Of a URL; the framework names those of one of its routes alone."""
+    methods: set[str] = set()
+    for route in (route for router in _ROUTERS for route in router.routes):
+        if isinstance(route, Route) and route.matches(request.scope)[0] is Match.PARTIAL:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
+
+
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, and the schemas of the bodies that routes validate themselves."""
     if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        _, definitions = models_json_schema([(model, "validation") for model in _BODIES], ref_template=SCHEMA_REF)
-        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-        app.openapi_schema = document
+        app.openapi_schema = openapi_document(app, _BODIES, app.state.gateway.model.name)
     return app.openapi_schema

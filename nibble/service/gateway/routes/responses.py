@@ -67,6 +67,12 @@ async def create_response(request: Request) -> Response:
     return await answer(request, _RESPONSE)
 
 
+@router.post("/v1/responses/compact", include_in_schema=False)
+async def compact() -> Response:
+    """Not there; without this, it would be a response whose id is `compact`."""
+    raise NotFound("compaction is not supported", code="unknown_url")
+
+
 @router.get("/v1/responses/{response_id}")
 async def retrieve_response(response_id: str, request: Request) -> Response:
     """A response that is kept, or as far as it is known while it is generated."""
