@@ -38,7 +38,8 @@ def openapi_document(app: FastAPI, bodies: Sequence[type[BaseModel]], model_name
     _, definitions = models_json_schema([(body, "validation") for body in bodies], ref_template=SCHEMA_REF)
     document.setdefault("components", {})["schemas"] = {**definitions["$defs"], "Error": _ERROR}
     for body in bodies:
-        definitions["$defs"][body.__name__]["properties"]["model"] = {"type": "string", "enum": [model_name]}
+        if body.model_fields["model"].is_required():
+            definitions["$defs"][body.__name__]["properties"]["model"] = {"type": "string", "enum": [model_name]}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             operation["responses"] = _responses(path, method)
@@ -50,9 +51,9 @@ def _responses(path: str, method: str) -> dict[str, Any]:
     if path == "/metrics":
         schemas = {_TEXT: {"type": "string"}}
     elif path.endswith("/stream"):
-        schemas = {_EVENTS: {"type": "string"}}
+        schemas = {_EVENTS: {}}
     elif method == "post" and path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
-        schemas[_EVENTS] = {"type": "string"}
+        schemas[_EVENTS] = {}
     error = {"description": "An error", "content": {_JSON: {"schema": {"$ref": SCHEMA_REF.format(model="Error")}}}}
     answers = {"200": _content("The answer", schemas), "default": error}
     return {**answers, "503": _content("Not ready", {_JSON: _NOT_READY})} if path == "/ready" else answers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -16,9 +16,9 @@ from nibble.service.gateway.completion import DONE
 from nibble.service.gateway.errors import ApiError, Cancelled
 from nibble.service.gateway.generation import Delta, Usage
 from nibble.service.gateway.logprobs import TokenLogprob
+from nibble.service.gateway.response_output import CallItem, Event, TextItem
 from nibble.service.gateway.shapes import ChatShape
-
-Event = dict[str, Any]
+from nibble.service.gateway.tool_call_parser import CallDelta
 
 
 class ResponseBuilder:
@@ -28,9 +28,7 @@ class ResponseBuilder:
         self.response = {**skeleton, "output": []}
         self._shape = ChatShape(token_bytes)
         self._has_logprobs = has_logprobs
-        self._texts: list[str] = []  # of the message, which is the last item once it is begun
-        self._logprobs: list[dict[str, Any]] = []
-        self._message: dict[str, Any] | None = None
+        self._open: TextItem | CallItem | None = None  # the last item, while it grows
         self._finish_reason: str | None = None
 
     def begin(self) -> list[Event]:
@@ -41,12 +39,21 @@ class ResponseBuilder:
 
     def add(self, delta: Delta) -> list[Event]:
         self._finish_reason = delta.finish_reason or self._finish_reason
-        return self._add_text(delta.text, delta.logprobs) if delta.text or delta.logprobs else []
+        events: list[Event] = []
+        if delta.reasoning:
+            events += self._add_text("reasoning", delta.reasoning, ())
+        if delta.text or (delta.logprobs and not (delta.reasoning or delta.calls)):
+            events += self._add_text("message", delta.text, delta.logprobs)
+        for call in delta.calls:
+            events += self._add_call(call)
+        return events
 
     def end(self, usage: Usage) -> list[Event]:
         is_cut = self._finish_reason == "length"
-        events = [] if self.response["output"] else self._begin_message()  # an empty text is a text
-        events += self._end_message("incomplete" if is_cut else "completed")
+        events: list[Event] = []
+        if self._open is None:  # an empty text is a text
+            events += self._begin(TextItem(self.response["id"], "message", 0))
+        events += self._end_item("incomplete" if is_cut else "completed")
         self._conclude("incomplete" if is_cut else "completed", usage)
         if is_cut:
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}
@@ -54,7 +61,7 @@ class ResponseBuilder:
 
     def fail(self, error: ApiError, usage: Usage) -> list[Event]:
         """What was generated so far stays."""
-        self._end_message("incomplete")
+        self._end_item("incomplete")
         is_cancelled = isinstance(error, Cancelled)
         self._conclude("cancelled" if is_cancelled else "failed", usage)
         if not is_cancelled:
@@ -67,42 +74,38 @@ class ResponseBuilder:
         if status == "completed":
             self.response["completed_at"] = int(time.time())
 
-    def _add_text(self, text: str, logprobs: Sequence[TokenLogprob]) -> list[Event]:
-        events = self._begin_message() if self._message is None else []
-        entries = self._entries(logprobs)
-        self._texts.append(text)
-        self._logprobs += entries
-        return [*events, {"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": entries}]
+    def _add_text(
+        self, kind: Literal["message", "reasoning"], text: str, logprobs: Sequence[TokenLogprob]
+    ) -> list[Event]:
+        events: list[Event] = []
+        item = self._open
+        if not isinstance(item, TextItem) or item.kind != kind:
+            events = self._end_item("completed")
+            item = TextItem(self.response["id"], kind, len(self.response["output"]))
+            events += self._begin(item)
+        return [*events, *item.add(text, self._entries(logprobs))]
 
-    def _begin_message(self) -> list[Event]:
-        index = len(self.response["output"])
-        item_id = self.response["id"].replace("resp_", f"msg_{index or ''}", 1)
-        self._message = {"id": item_id, "type": "message", "status": "in_progress", "role": "assistant", "content": []}
-        self.response["output"].append(self._message)
-        part = {"type": "output_text", "annotations": [], "logprobs": [], "text": ""}
-        return [
-            {"type": "response.output_item.added", "output_index": index, "item": {**self._message}},
-            {"type": "response.content_part.added", **self._place(), "part": part},
-        ]
+    def _add_call(self, call: CallDelta) -> list[Event]:
+        events: list[Event] = []
+        item = self._open
+        if call.id is not None and call.name is not None:
+            events = self._end_item("completed")
+            item = CallItem(self.response["id"], len(self.response["output"]), call.id, call.name)
+            events += self._begin(item)
+        assert isinstance(item, CallItem), "arguments of a call that did not begin"
+        return [*events, *item.add(call.arguments)]
 
-    def _end_message(self, status: str) -> list[Event]:
-        message = self._message
-        if message is None:
+    def _begin(self, item: TextItem | CallItem) -> list[Event]:
+        self._open = item
+        self.response["output"].append(item.item("in_progress"))
+        return item.begin()
+
+    def _end_item(self, status: str) -> list[Event]:
+        item, self._open = self._open, None
+        if item is None:
             return []
-        text, place = "".join(self._texts), self._place()
-        part = {"type": "output_text", "annotations": [], "logprobs": self._logprobs, "text": text}
-        message.update(status=status, content=[part])
-        self._message = None
-        return [
-            {"type": "response.output_text.done", **place, "text": text, "logprobs": self._logprobs},
-            {"type": "response.content_part.done", **place, "part": part},
-            {"type": "response.output_item.done", "output_index": place["output_index"], "item": message},
-        ]
-
-    def _place(self) -> dict[str, Any]:
-        assert self._message is not None
-        index = len(self.response["output"]) - 1
-        return {"item_id": self._message["id"], "output_index": index, "content_index": 0}
+        self.response["output"][-1] = item.item(status)
+        return item.end(status)
 
     def _entries(self, logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
         if not self._has_logprobs:

@@ -152,7 +152,7 @@ def _skeleton(request: ResponseRequest, plan: Plan, model: ServedModel) -> dict[
         "temperature": sampling.temperature,
         "text": text,
         "tool_choice": given.get("tool_choice", "auto"),
-        "tools": given.get("tools", []),
+        "tools": [_told_tool(tool) for tool in request.tools or ()],
         "top_logprobs": request.top_logprobs or 0,
         "top_p": sampling.top_p,
         "truncation": "disabled",
@@ -160,6 +160,11 @@ def _skeleton(request: ResponseRequest, plan: Plan, model: ServedModel) -> dict[
         "metadata": request.metadata or {},
         **({"user": request.user} if request.user else {}),
     }
+
+
+def _told_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    defaults = {"description": None, "parameters": None, "strict": False}
+    return {**defaults, **tool} if tool.get("type") == "function" else tool
 
 
 def _ignored(request: ResponseRequest) -> list[str]:
@@ -180,7 +185,7 @@ def _response_name(name: str) -> str:
     for chat_name, response_name in _NAMES:
         if name.startswith(chat_name):
             return response_name + name.removeprefix(chat_name)
-    return name
+    return name.replace(".function", "", 1) if name.startswith("tools[") else name
 
 
 def _renamed(error: InvalidRequest) -> InvalidRequest:
@@ -189,4 +194,6 @@ def _renamed(error: InvalidRequest) -> InvalidRequest:
     for chat_name, response_name in _NAMES:
         if error.param is not None and error.param.startswith(chat_name):
             message = message.replace(chat_name, response_name)
+    if error.param is not None and error.param.startswith("tools["):
+        message = message.replace(".function", "", 1)
     return type(error)(message, param=_response_name(error.param) if error.param else None, code=error.code)

@@ -21,6 +21,7 @@ CHATS: list[dict[str, Any]] = [
     {"service_tier": "flex"},
     {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
 ]
+RESPONSE = {OPENAI: "Response", OPEN_RESPONSES: "ResponseResource"}
 RESPONSES: list[dict[str, Any]] = [
     {},
     {"max_output_tokens": 2},
@@ -68,7 +69,7 @@ def test_response(running: RunningGateway, document: str, fields: dict[str, Any]
     body = {"input": "The quick brown fox", **fields}
     if document == OPEN_RESPONSES and "text" in fields:
         pytest.skip("this document has no schema in text.format but null")
-    schema = "Response" if document == OPENAI else "ResponseResource"
+    schema = RESPONSE[document]
     created = post(running, "responses", body).json()
     assert errors(created, document, schema) == []
     assert errors(httpx.get(f"{running.url}/v1/responses/{created['id']}").json(), document, schema) == []
@@ -82,6 +83,16 @@ def event_schema(kind: str, document: str) -> str:
     if document == OPEN_RESPONSES:
         return f"{name}StreamingEvent"
     return name.replace("OutputText", "Text") + "Event"
+
+
+@pytest.mark.parametrize("document", [OPENAI, OPEN_RESPONSES])
+def test_response_with_calls(running: RunningGateway, document: str) -> None:
+    running.reply_with('{"name": "now", "arguments": {"a": 1}}')
+    tool = {"type": "function", "name": "now", "parameters": {"type": "object"}}
+    body = {"input": "x", "tools": [tool]}
+    assert errors(post(running, "responses", body).json(), document, RESPONSE[document]) == []
+    for event in events_of(post(running, "responses", {**body, "stream": True})):
+        assert errors(event, document, event_schema(event["type"], document)) == []
 
 
 def test_lists_and_errors(running: RunningGateway) -> None:
