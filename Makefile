@@ -11,7 +11,7 @@ PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve chat bench bench-gpu install dev check format test test-conformance test-gpu sanitize-gpu kernels lock clean
+.PHONY: help serve chat bench bench-gpu install dev check format test test-conformance test-gpu sanitize-gpu docs kernels lock clean
 
 help: ## Show the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -59,6 +59,9 @@ sanitize-gpu: $(VENV)/dev.stamp ## Every CUDA kernel on small cases under comput
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m tests.kernels.cuda.sanitize
 	compute-sanitizer --tool synccheck --error-exitcode 1 $(BIN)/python -m tests.kernels.cuda.sanitize
 	compute-sanitizer --tool initcheck --error-exitcode 1 $(BIN)/python -m tests.kernels.cuda.sanitize
+
+docs: $(VENV)/dev.stamp ## Write the table of all request fields in docs/api.md
+	$(BIN)/python docs/field_table.py
 
 kernels: $(VENV)/dev.stamp ## Compile the CUDA kernels for all architectures (no GPU needed)
 	$(BIN)/python -m nibble.kernels.cuda.build $(ARGS)

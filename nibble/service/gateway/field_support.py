@@ -16,7 +16,7 @@ from nibble.service.gateway.schema.sampling import SamplingBody
 _MAX_REPORTED = 32  # names in the header; proxies limit the size of headers
 
 # field -> is this (non-null) value neutral
-_REJECTED: Mapping[str, Callable[[Any], bool]] = {
+REJECTED: Mapping[str, Callable[[Any], bool]] = {
     "functions": lambda value: not value,
     "function_call": lambda value: value == "none",
     "modalities": lambda value: value in ([], ["text"]),
@@ -28,7 +28,7 @@ _REJECTED: Mapping[str, Callable[[Any], bool]] = {
 
 _SUCCESSORS = {"functions": "tools", "function_call": "tool_choice"}
 
-_REPORTED = (
+REPORTED = (
     "verbosity",
     "prediction",
     "prompt_cache_retention",
@@ -40,7 +40,7 @@ _REPORTED = (
 
 def check_supported(request: SamplingBody) -> None:
     """Raise InvalidRequest for the first field whose value asks for what is not supported yet."""
-    for field, is_neutral in _REJECTED.items():
+    for field, is_neutral in REJECTED.items():
         value = _known(request, field)
         if value is not None and not is_neutral(value):
             successor = _SUCCESSORS.get(field)
@@ -50,7 +50,7 @@ def check_supported(request: SamplingBody) -> None:
 
 def ignored_fields(request: SamplingBody) -> tuple[str, ...]:
     """Names of the fields that were sent and have no effect, unknown ones included."""
-    known = [field for field in _REPORTED if _known(request, field)]
+    known = [field for field in REPORTED if _known(request, field)]
     unknown = set_extras(request.model_extra)
     options = request.stream_options
     nested = [f"stream_options.{name}" for name in set_extras(options.model_extra)] if options else []

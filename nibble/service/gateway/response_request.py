@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import orjson
 from pydantic import ValidationError
 
 from nibble.service.gateway.chat import to_generation_requests
-from nibble.service.gateway.errors import InvalidRequest, from_validation
+from nibble.service.gateway.errors import InvalidRequest, from_validation, shown
 from nibble.service.gateway.field_support import set_extras
 from nibble.service.gateway.plan import ClientContext, Plan
 from nibble.service.gateway.response_items import to_messages, with_ids
@@ -28,9 +28,14 @@ _NAMES = (
     ("verbosity", "text.verbosity"),
     ("messages", "input"),
 )
-# Always reported where they are set: the answer is right without them.
-_REPORTED = ("max_tool_calls", "prompt_cache_retention", "context_management")
-_REFUSED = ("conversation", "prompt")
+# As in field_support.py; what becomes a field of a chat is rejected or reported as that one is.
+REJECTED: Mapping[str, Callable[[Any], bool]] = {
+    "background": lambda value: not value,
+    "conversation": lambda value: not value,
+    "prompt": lambda value: not value,
+    "truncation": lambda value: value == "disabled",  # nothing of a prompt is ever left out
+}
+REPORTED = ("max_tool_calls", "prompt_cache_retention", "context_management")
 
 
 async def to_response_plan(
@@ -56,14 +61,11 @@ async def to_response_plan(
 
 
 def _check_supported(request: ResponseRequest) -> None:
-    for field in _REFUSED:
-        if getattr(request, field):
-            raise InvalidRequest(f"{field} is not supported", param=field, code="unsupported_parameter")
-    if request.background:
-        raise InvalidRequest("background is not supported", param="background", code="unsupported_parameter")
-    if request.truncation == "auto":
-        message = "truncation is only supported as disabled: nothing of a prompt is left out"
-        raise InvalidRequest(message, param="truncation", code="unsupported_parameter")
+    for field, is_neutral in REJECTED.items():
+        value = getattr(request, field)
+        if value is not None and not is_neutral(value):
+            message = f"{field} is not supported (got {shown(value)})"
+            raise InvalidRequest(message, param=field, code="unsupported_parameter")
 
 
 def _chat_fields(request: ResponseRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def _told_tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ignored(request: ResponseRequest) -> list[str]:
-    known = [field for field in _REPORTED if getattr(request, field)]
+    known = [field for field in REPORTED if getattr(request, field)]
     included = [f"include.{name}" for name in request.include or () if name != _LOGPROBS]
     nested = []
     for field in ("text", "reasoning", "stream_options"):
