@@ -47,7 +47,7 @@ test: $(VENV)/dev.stamp ## The whole test suite that needs no GPU
 
 test-conformance: $(VENV)/dev.stamp ## Clients and tools of others against the API
 	@$(PIP) install -r requirements/conformance.txt
-	$(BIN)/python -m pytest -m conformance $(ARGS)
+	$(BIN)/python -m pytest -m conformance -W default $(ARGS)
 
 test-gpu: $(VENV)/dev.stamp ## The tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
