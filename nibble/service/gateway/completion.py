@@ -14,9 +14,10 @@ import orjson
 
 from nibble.service.gateway.answer_parser import Answer, Parts
 from nibble.service.gateway.errors import ApiError
-from nibble.service.gateway.generation import Delta, Generation, Usage
+from nibble.service.gateway.generation import Delta, Generation
 from nibble.service.gateway.logprobs import TokenLogprob
 from nibble.service.gateway.shapes import Shape
+from nibble.service.gateway.usage import Usage
 
 # No blank line: to the `openai` client one ends an event, without data, once it has seen an id.
 KEEP_ALIVE = b": keep-alive\n"

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from nibble.engine.protocol import FinishReason, TokenEvent
@@ -26,6 +25,7 @@ from nibble.service.gateway.logprobs import TokenLogprob
 from nibble.service.gateway.plan import Plan
 from nibble.service.gateway.regroup import singly
 from nibble.service.gateway.tool_call_parser import CallDelta
+from nibble.service.gateway.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -43,26 +43,6 @@ class Delta(NamedTuple):
     logprobs: Sequence[TokenLogprob] = ()
     reasoning: str = ""
     calls: Sequence[CallDelta] = ()
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of one request. Cached ones are part of the prompt's, reasoning ones of the completion's."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    reasoning_tokens: int = 0
-
-    def openai_json(self) -> dict[str, object]:
-        """OpenAI's usage object."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
-        }
 
 
 class Generation:

@@ -14,11 +14,12 @@ import orjson
 
 from nibble.service.gateway.completion import DONE
 from nibble.service.gateway.errors import ApiError, Cancelled
-from nibble.service.gateway.generation import Delta, Usage
+from nibble.service.gateway.generation import Delta
 from nibble.service.gateway.logprobs import TokenLogprob
 from nibble.service.gateway.response_output import CallItem, Event, TextItem
 from nibble.service.gateway.shapes import ChatShape
 from nibble.service.gateway.tool_call_parser import CallDelta
+from nibble.service.gateway.usage import Usage
 
 
 class ResponseBuilder:

@@ -18,7 +18,8 @@ from starlette.types import Receive, Scope, Send
 from nibble.service.gateway.boundary import SERVER_SEND
 from nibble.service.gateway.completion import KEEP_ALIVE
 from nibble.service.gateway.errors import ApiError, Cancelled, ServerFault
-from nibble.service.gateway.generation import Delta, Generation, Usage
+from nibble.service.gateway.generation import Delta, Generation
+from nibble.service.gateway.usage import Usage
 
 logger = logging.getLogger(__name__)
 

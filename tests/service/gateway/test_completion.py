@@ -7,8 +7,9 @@ import json
 import pytest
 
 from nibble.service.gateway.completion import ChunkEncoder, Identity
-from nibble.service.gateway.generation import Delta, Usage
+from nibble.service.gateway.generation import Delta
 from nibble.service.gateway.shapes import ChatShape
+from nibble.service.gateway.usage import Usage
 
 IDENTITY = Identity("chatcmpl-1", 'model "x" \\ ü', 1700000000, "nibble-1-x-cpu", "default")
 SHAPE = ChatShape(lambda token_id: bytes([token_id]))
