@@ -25,7 +25,15 @@ from nibble.service.gateway.errors import ApiError, InvalidRequest, MethodNotAll
 from nibble.service.gateway.gateway import Gateway, nibble_version
 from nibble.service.gateway.metrics import GatewayMetrics
 from nibble.service.gateway.openapi_document import openapi_document
-from nibble.service.gateway.routes import chat_completions, completions, models, operations, responses, tokenization
+from nibble.service.gateway.routes import (
+    chat_completions,
+    completions,
+    models,
+    operations,
+    playground,
+    responses,
+    tokenization,
+)
 from nibble.service.gateway.schema.chat import ChatCompletionRequest
 from nibble.service.gateway.schema.responses import ResponseRequest
 from nibble.service.gateway.schema.text import CompletionRequest
@@ -97,6 +105,8 @@ def create_app(gateway: Gateway) -> ASGIApp:
     app.state.gateway = gateway
     for router in _ROUTERS:
         app.include_router(router)
+    if gateway.settings.playground:
+        app.include_router(playground.router)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_error)
     app.add_exception_handler(Exception, _answer_error)

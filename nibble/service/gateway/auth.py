@@ -1,6 +1,12 @@
-"""Who may call, as pure ASGI. No log and no message ever holds a key."""
+"""Who may call, as pure ASGI. No log and no message ever holds a key.
+
+A key comes as a bearer token, or as the password of HTTP Basic: a browser asks for that before it shows the page at /.
+"""
 
 from __future__ import annotations
+
+import base64
+import binascii
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -26,14 +32,27 @@ class ApiKeyMiddleware:
         if scope["type"] != "http" or self._keys.is_empty or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        key = key.strip()
-        found = self._keys.find(key) if scheme.lower() == "bearer" and key else None
+        key = _key_in(Headers(scope=scope).get("authorization", ""))
+        found = self._keys.find(key) if key else None
         if found is not None:
             scope[API_KEY] = found
             await self._app(scope, receive, send)
             return
+        is_page = scope["path"] == "/"
         what = "the API key is not valid" if key else "an API key is needed: send the header Authorization: Bearer KEY"
         error = InvalidApiKey(what)
-        headers = {"www-authenticate": "Bearer"}
+        headers = {"www-authenticate": 'Basic realm="Nibble: the API key is the password"' if is_page else "Bearer"}
         await Response(error.body(), error.status, headers, "application/json")(scope, receive, send)
+
+
+def _key_in(authorization: str) -> str:
+    """Empty: there is none."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() != "basic":
+        return ""
+    try:
+        return base64.b64decode(value, validate=True).decode().partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
