@@ -135,7 +135,7 @@ def test_unknown_model(running: RunningGateway) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/v2", 404),
         ("GET", "/v1", 404),
         ("POST", "/v1/nothing", 404),
         ("GET", "/v1/models/other", 404),
