@@ -13,23 +13,13 @@ import time
 
 import torch
 
+from loadtest.random_model import SHAPES
 from nibble.engine.model_config import ModelConfig
 from nibble.engine.quantize.decoder import Layer
 from nibble.engine.quantize.layer import LayerQuantizer
 from nibble.engine.quantize.options import Method
 
-LLAMA_3_8B = ModelConfig(
-    architecture="llama",
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    max_context_tokens=8192,
-    rms_norm_eps=1e-5,
-)
+LLAMA_3_8B = SHAPES["llama-3-8b"].config
 BATCH_SEQUENCES = 8
 
 

@@ -10,12 +10,12 @@ import pytest
 from gguf_files import TinyGGUF, write_tiny_gguf
 from hf_models import random_hf_model, save_hf_model
 
+from loadtest.random_model import SHAPES
 from nibble.engine.checkpoint.convert import convert_checkpoint
 from nibble.engine.checkpoint.native import load_checkpoint
 from nibble.engine.checkpoint.source import open_source
 from nibble.engine.memory_estimate import descriptions_of, estimate, native_description, weight_bytes
 from nibble.engine.model import DecoderModel
-from nibble.engine.model_config import ModelConfig
 from nibble.engine.model_runner import ModelRunner
 from nibble.engine.quantize.options import Method, Options
 from nibble.engine.quantize.quantize import quantize
@@ -23,18 +23,7 @@ from nibble.kernels.cpu.backend import CPUKernels
 from nibble.kernels.layout import KVDtype, KVLayout
 
 GIB = 1 << 30
-LLAMA_3_8B = ModelConfig(
-    architecture="llama",
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    max_context_tokens=8192,
-    rms_norm_eps=1e-5,
-)
+LLAMA_3_8B = SHAPES["llama-3-8b"].config
 
 
 def silent(stage: str, done: float) -> None:
