@@ -6,6 +6,7 @@ A client can tell no difference between an unknown id and one that belongs to an
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -85,9 +86,12 @@ def positions_in(event_id: str, request_id: str, num_choices: int) -> tuple[int,
 
 
 async def _attach(gateway: Gateway, request_id: str) -> TokenStream:
-    async with asyncio.timeout(_SUBMIT_S):
-        while True:
-            try:
-                return await gateway.broker.attach(request_id)
-            except UnknownRequest:
-                await asyncio.sleep(_RETRY_S)
+    """Raises BrokerError."""
+    end_s = time.monotonic() + _SUBMIT_S
+    while True:
+        try:
+            return await gateway.broker.attach(request_id)
+        except UnknownRequest:
+            if time.monotonic() >= end_s:  # its gateway died before it had submitted them all
+                raise
+            await asyncio.sleep(_RETRY_S)

@@ -10,12 +10,14 @@ from typing import Any
 
 import httpx
 import pytest
+import redis
 from conftest import RunningGateway, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import make_plan
 
 from nibble.engine.protocol import FinishReason, TokenEvent
+from nibble.service.broker.embedded import EmbeddedValkey
 from nibble.service.gateway.choice import Choice
 from nibble.service.gateway.regroup import singly
 from nibble.service.gateway.served_model import ServedModel
@@ -221,6 +223,18 @@ def test_another_gateway_resumes_and_cancels(run_gateway: Callable[..., Any]) ->
             request_id = id_of(next(chunks)).split(":")[0]
             assert httpx.delete(f"{other.url}/v1/chat/completions/{request_id}").status_code == 200
             assert '"code":"request_cancelled"' in "".join(chunks)
+
+
+def test_choice_that_was_never_submitted_is_not_found(running: RunningGateway, valkey: EmbeddedValkey) -> None:
+    """Its gateway died in between."""
+    blocks = blocks_of(running.post({**CHAT, "n": 2}).text)
+    request_id = id_of(blocks[0]).split(":")[0]
+    with redis.Redis.from_url(valkey.url) as client:
+        keys = list(client.scan_iter(f"*{request_id}.1*"))
+        assert keys
+        client.delete(*keys)
+    response = resume(running, request_id)
+    assert (response.status_code, response.json()["error"]["type"]) == (404, "invalid_request_error")
 
 
 # What it rests on: text is a function of the tokens, however they were grouped
