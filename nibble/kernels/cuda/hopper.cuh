@@ -62,6 +62,10 @@ DEVICE void store_shared(uint32 shared, const float (&values)[4]) {
                  : "memory");
 }
 
+DEVICE void store_shared(uint32 shared, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(shared), "f"(value) : "memory");
+}
+
 // COUNT threads of the block, whole warps, with one of the barriers 1 .. 15
 template <int COUNT>
 DEVICE void sync_threads(int barrier) {
@@ -80,9 +84,10 @@ DEVICE void leave_registers() {
 }
 
 // ---- clusters of thread blocks -------------------------------------------------------------------------------------------
-// All threads of all blocks arrive and wait, e.g. for each other's barriers to be ready.
+// All threads of all blocks arrive and wait, e.g. for each other's barriers to be ready, which fence_barrier_init() releases.
+// To release all memory here as well, as is the default, would hold a block's first copies up by 1 us.
 
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // Where block `rank` has what lies at `shared` in this one: for arrive_in_cluster()
@@ -185,10 +190,14 @@ DEVICE void pin(uint32 (&a)[COUNT][4]) {
 }
 
 // Rows of 128 bytes whose 16-byte chunks are swizzled by row % 8, as copy_box leaves them with the 128-byte swizzle; the
-// panel starts at a multiple of 1024 bytes. The next 16 columns are at + 2.
-DEVICE uint64 panel_descriptor(uint32 shared) {
-    constexpr uint64 EIGHT_ROWS = 1024 >> 4, SWIZZLE_128 = 1;
-    return uint64((shared & 0x3FFFF) >> 4) | uint64(1) << 16 | EIGHT_ROWS << 32 | SWIZZLE_128 << 62;
+// panel starts at a multiple of 1024 bytes. In two steps, between which what lies bytes further on is found: + bytes >> 4.
+DEVICE uint32 panel_place(uint32 shared) { return (shared & 0x3FFFF) >> 4 | 1 << 16; }
+
+DEVICE uint64 panel_descriptor(uint32 place) {
+    constexpr uint32 EIGHT_ROWS = 1024 >> 4, SWIZZLE_128 = 1;
+    uint64 descriptor;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(place), "r"(EIGHT_ROWS | SWIZZLE_128 << 30));
+    return descriptor;
 }
 
 #define D_8 "%0,%1,%2,%3"

@@ -54,17 +54,27 @@ DEVICE int tile_width(int tile, int num_columns) {
 
 // A warp's 16 rows of a tile, and where a lane finds its own
 struct Fragments {
-    uint32 words[PANELS][STEPS], scales, scale[2], minimum[2];
-    int columns;
+    uint32 words[PANELS][STEPS], nibbles, scales, scale_place, scale[2], minimum[2];
+    int columns, fragment;
 
-    // tile: in shared memory; row_fragment: 0 .. 3
-    MEMBER void load(uint32 tile, int row_fragment, int lane, int num_columns) {
+    // tile: the first one's place in shared memory; row_fragment: 0 .. 3. Once, so that a tile takes few instructions.
+    MEMBER void find(uint32 tile, int row_fragment, int lane) {
+        nibbles = tile + lane * 16;
+        scales = tile + (row_fragment * 16 + lane / 4) * 4;
+        if (GROUP_SIZE == TILE_COLUMNS) nibbles += row_fragment * 8 * TILE_COLUMNS, scales += NIBBLE_BYTES;
+        fragment = row_fragment;
+        asm volatile("" : "+r"(nibbles), "+r"(scales));  // registers: not to be computed again
+    }
+
+    // offset: of another tile from the first one
+    MEMBER void load(uint32 offset, int num_columns) {
         columns = num_columns;
-        const uint32 nibbles = tile + row_fragment * 8 * columns + lane * 16;
-        scales = tile + columns * (TILE_ROWS / 2) + (row_fragment * 16 + lane / 4) * 4;
+        uint32 from = nibbles + offset;
+        scale_place = scales + offset;
+        if (GROUP_SIZE < TILE_COLUMNS) from += fragment * 8 * columns, scale_place += columns * (TILE_ROWS / 2);
 #pragma unroll
         for (int h = 0; h < PANELS; h++)  // ldmatrix of consecutive 16-byte rows: lane l gets the l-th word of 128 bytes
-            load_matrices(words[h], nibbles + h * 512);
+            load_matrices(words[h], from + h * 512);
     }
 
     // 16 x 16 weights, asked for in order of columns
@@ -73,7 +83,7 @@ struct Fragments {
         if (column % GROUP_SIZE == 0) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                uint32 both = load_shared(scales + column / GROUP_SIZE * GROUP_BYTES + r * 32);
+                uint32 both = load_shared(scale_place + column / GROUP_SIZE * GROUP_BYTES + r * 32);
                 if (GROUP_SIZE < TILE_COLUMNS && column >= columns) both = 0;  // past a ragged tile: weights of zero
                 scale[r] = broadcast_low(both);
                 minimum[r] = broadcast_high(both);

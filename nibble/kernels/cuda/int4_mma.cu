@@ -194,6 +194,8 @@ struct Kernel {
         const int lane = threadIdx.x % WARP, team = warp / TEAM_WARPS, fragment = warp % TEAM_WARPS;
         Place<STAGES> place;
         place.advance(team);
+        Fragments fragments;
+        fragments.find(weights, fragment, lane);
         cluster_wait();
         grid_wait();
 #pragma unroll 1
@@ -205,9 +207,7 @@ struct Kernel {
                 wait_barrier(full + place.slot * 8, place.parity);
 #pragma unroll 1
                 for (int i = 0; i < count; i++) {
-                    Fragments fragments;
-                    fragments.load(weights + place.slot * WEIGHT_BYTES + i * TILE_BYTES, fragment, lane,
-                                   tile_width(tile + i, p.num_columns));
+                    fragments.load(place.slot * WEIGHT_BYTES + i * TILE_BYTES, tile_width(tile + i, p.num_columns));
                     multiply(sums, fragments, x + place.slot * X_BYTES + i * (PANELS * PANEL_BYTES), lane);
                 }
                 __syncwarp();

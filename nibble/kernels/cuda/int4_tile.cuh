@@ -98,3 +98,63 @@ DEVICE void store(const Epilogue& e, int first_token, int row, float (&sums)[COU
         for (int j = 0; j < BATCH; j++) store(e, first_token + (start + j) * 8, row, sums[start + j], before[j]);
     }
 }
+
+// A lane's part of whole rows of results: rows `row` .. row + 3 (a multiple of 4) of a token; a warp has 128 rows. Where
+// nothing is added to a residual, before is ignored.
+DEVICE void load_rows(float (&before)[4], const Epilogue& e, int token, int row) {
+    const bool exists = e.residual && token < e.num_tokens;
+    const float* from = e.residual + int64(token) * e.num_rows + row;
+    if (exists && e.num_rows % 4 == 0 && row < e.num_rows) {
+        const float4 all = *reinterpret_cast<const float4*>(from);
+        before[0] = all.x, before[1] = all.y, before[2] = all.z, before[3] = all.w;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) before[i] = exists && row + i < e.num_rows ? from[i] : 0;
+    }
+}
+
+// All lanes of the warp at once
+DEVICE void store_rows(const Epilogue& e, int token, int row, float (&sums)[4], const float (&before)[4]) {
+    if (e.bias) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[i] += row + i < e.num_rows ? e.bias[row + i] : 0;
+    }
+    if (e.gated) {
+        float up[4];  // 8 rows on
+#pragma unroll
+        for (int i = 0; i < 4; i++) up[i] = __shfl_down_sync(FULL_WARP, sums[i], 2);
+        if (token >= e.num_tokens || row >= e.num_rows || row % 16 >= 8) return;
+        uint16* to = e.out + int64(token) * (e.num_rows / 2) + row / 16 * 8 + row % 16;
+        uint2 halves;
+        halves.x = float_to_half(silu(sums[0]) * up[0]) | uint32(float_to_half(silu(sums[1]) * up[1])) << 16;
+        halves.y = float_to_half(silu(sums[2]) * up[2]) | uint32(float_to_half(silu(sums[3]) * up[3])) << 16;
+        *reinterpret_cast<uint2*>(to) = halves;
+        return;
+    }
+    if (token >= e.num_tokens) return;
+    const int64 at = int64(token) * e.num_rows + row;
+    if (e.residual) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) sums[i] = before[i] + sums[i];
+    }
+    if (e.num_rows % 4 == 0) {
+        if (row >= e.num_rows) return;
+        if (e.residual) {
+            *reinterpret_cast<float4*>(e.residual + at) = make_float4(sums[0], sums[1], sums[2], sums[3]);
+        } else {
+            uint2 halves;
+            halves.x = float_to_half(sums[0]) | uint32(float_to_half(sums[1])) << 16;
+            halves.y = float_to_half(sums[2]) | uint32(float_to_half(sums[3])) << 16;
+            *reinterpret_cast<uint2*>(e.out + at) = halves;
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (row + i >= e.num_rows) break;
+        if (e.residual)
+            e.residual[at + i] = sums[i];
+        else
+            e.out[at + i] = float_to_half(sums[i]);
+    }
+}

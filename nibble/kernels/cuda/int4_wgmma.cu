@@ -4,21 +4,25 @@
 //
 // Work: a task is 256 rows x two slices of K, in row-major order of tasks. A run of consecutive tasks belongs to one
 // worker, all runs equally long (+- 1), and a worker is a cluster of two thread blocks, one for each half of the rows. So
-// every multiprocessor streams the same number of bytes whatever the shape; where a run ends in the middle of a row
-// group, the sums of the workers that share the group are added up by the last of them to arrive.
+// every multiprocessor streams the same number of bytes whatever the shape. Workers that share a row group leave each other
+// their sums in device memory; those whose run ends there share out the tokens to add up.
 //
 // Thread block: 16 warps that multiply, two of which a thread each feeds them with weights and with x, and two that are
 // there only to leave their registers to the others. A warpgroup owns 64 rows of the block's 128; two teams of two take a
 // task's even and its odd slice, and meet in shared memory at the end of a row group or run. Two warpgroups per row tile,
-// because one at a time could not hide the latency of its own loads and products.
+// because one at a time could not hide the latency of its own loads and products. Control flow inside of the loop over tasks
+// depends on the block alone, and trip counts on nothing: otherwise the compiler takes warps for divergent and computes
+// places in the ring and descriptors per lane, 15 of 190 instructions a unit.
 //
 // A ring of stages holds a unit each: two tiles of weights and the tokens' 128 columns. The bytes of x count for as much
 // as those of weights: each block of the pair fetches half of the tokens for both. Everything that does not depend on the
 // kernel before, i.e. the first stages' weights, is under way before grid_wait().
 //
 // Grid: (2 * workers, token chunks). Bytes: weights once per chunk, x once per worker and row group.
-// H100 80GB HBM3, 64 tokens, group 128, chains of one shape (% of 3.02 TB/s): 28672x4096 52, 4096x14336 46, 6144x4096 26,
-// 4096x4096 24. A fifth of the cycles goes to the ends of runs, the others mostly to unpacking.
+// H100 80GB HBM3, 64 tokens, group 128, chains of one shape (% of 3.02 TB/s): 28672x4096 54, 4096x14336 53, 6144x4096 33,
+// 4096x4096 32. The rest is unpacking next to products, which slow each other, and 4 to 5 us from a kernel's last product to
+// the next one's first.
+#include "exchange.cuh"
 #include "int4_hopper.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -26,17 +30,19 @@
 constexpr int TEAM = 2 * WARPGROUP;  // threads: 128 rows
 constexpr int TEAMS = 2;
 constexpr int CONSUMERS = TEAMS * TEAM;
+constexpr int WARPS = CONSUMERS / WARP;
 constexpr int THREADS = CONSUMERS + WARPGROUP;
 constexpr int MANY_REGISTERS = 112, FEW_REGISTERS = 32;  // 512 * 112 + 128 * 32 = 640 * 96
 constexpr int BLOCK_TILES = 2;                           // row tiles
+constexpr int BLOCK_ROWS = BLOCK_TILES * TILE_ROWS;
 constexpr int WEIGHT_BYTES = BLOCK_TILES * TILE_BYTES;
-constexpr int SHARED_BYTES = 227 * 1024;  // a block's, at most
+constexpr int TURNED_BYTES = (BLOCK_ROWS + 4) * 4;  // of a token's sums, so that a fragment's words lie in different banks
+constexpr int SHARED_BYTES = 227 * 1024;            // a block's, at most
 
 struct Problem {
     const uint8* packed;
     Epilogue epilogue;
-    float4* partials;  // (chunks, workers, begins in the group's middle or not, 2 blocks, groups, TOKENS / 8, 128 threads)
-    uint32* arrivals;  // (chunks, row tiles)
+    float4* exchange;  // (chunks, workers, first of a row group or not, 2 blocks, TOKENS, 32 lanes), see exchange.cuh
     int num_columns;
 };
 
@@ -44,18 +50,16 @@ template <int TOKENS>
 struct Kernel {
     static constexpr int PANEL_BYTES = TOKENS * PANEL_COLUMNS * 2;
     static constexpr int X_BYTES = PANELS * PANEL_BYTES;
-    static constexpr int SHARE = TOKENS / 8 / TEAMS;  // of a team at the end of a task, in eights
-    static constexpr int MEETING_BYTES = TOKENS / 8 * TEAM * 16;
+    static constexpr int WARP_TOKENS = TOKENS / WARPS;  // of a warp that finishes
+    static constexpr int MEETING_BYTES = TEAMS * TOKENS * TURNED_BYTES;
     // int4_wgmma.py has the same formula
     static constexpr int STAGE_BYTES = X_BYTES + WEIGHT_BYTES + 2 * 8;
-    static constexpr int STAGES = (SHARED_BYTES - MEETING_BYTES - 8) / STAGE_BYTES;
-    static constexpr int USED_BYTES = STAGES * STAGE_BYTES + MEETING_BYTES + 8;
+    static constexpr int STAGES = (SHARED_BYTES - MEETING_BYTES) / STAGE_BYTES;
 
     const Problem& p;
     const TensorMap& x_map;
     const Runs runs;
     uint32 x, weights, meeting, full, empty;  // in shared memory
-    uint32* is_last;                          // per warpgroup of the first team
     int num_tiles, num_row_tiles, steps, first_task, num_tasks;
 
     MEMBER Kernel(const Problem& problem, const TensorMap& map)
@@ -66,7 +70,6 @@ struct Kernel {
         meeting = weights + STAGES * WEIGHT_BYTES;
         full = meeting + MEETING_BYTES;
         empty = full + STAGES * 8;
-        is_last = reinterpret_cast<uint32*>(shared + USED_BYTES - 8);
         num_tiles = (p.num_columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
         num_row_tiles = (p.epilogue.num_rows + TILE_ROWS - 1) / TILE_ROWS;
         steps = (num_tiles + SLICES - 1) / SLICES;  // of the longest slice
@@ -74,19 +77,9 @@ struct Kernel {
         num_tasks = runs.first(worker() + 1) - first_task;
     }
 
-    // Asked for again where they are needed: in registers all along they cost more
-    static MEMBER int block_x() {
-        int x;
-        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
-        return x;
-    }
-    static MEMBER int worker() { return block_x() / 2; }
-    static MEMBER int half() { return block_x() % 2; }
-    static MEMBER int chunk() {
-        int y;
-        asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
-        return y;
-    }
+    static MEMBER int worker() { return blockIdx.x / 2; }
+    static MEMBER int half() { return blockIdx.x % 2; }
+    static MEMBER int chunk() { return blockIdx.y; }
 
     MEMBER void init_barriers() const {
         for (int i = 0; i < STAGES; i++) {
@@ -161,8 +154,8 @@ struct Kernel {
     // ---- the warps that multiply ---------------------------------------------------------------------------------------
 
     // sums += 64 rows of a tile. Unpacking the second half while the first is multiplied, in registers of its own, gains
-    // nothing: another warp's turn
-    MEMBER void multiply_by_groups(float (&sums)[TOKENS / 8][4], Fragments& fragments, uint32 panels) const {
+    // nothing: another warp's turn. b: panel_place() of the tokens' columns
+    MEMBER void multiply_by_groups(float (&sums)[TOKENS / 8][4], Fragments& fragments, uint32 b) const {
         float(&flat)[TOKENS / 2] = reinterpret_cast<float(&)[TOKENS / 2]>(sums);
 #pragma unroll
         for (int h = 0; h < PANELS; h++) {
@@ -170,10 +163,9 @@ struct Kernel {
 #pragma unroll
             for (int step = 0; step < STEPS; step++) fragments.get(a[step], h, step);
             pin(a);
-            const uint64 b = panel_descriptor(panels + h * PANEL_BYTES);
             fence_products();
 #pragma unroll
-            for (int step = 0; step < STEPS; step++) multiply(flat, a[step], b + step * 2);
+            for (int step = 0; step < STEPS; step++) multiply(flat, a[step], panel_descriptor(b + (h * PANEL_BYTES + step * 32 >> 4)));
             commit_products();
             wait_products<0>();
             pin(flat);
@@ -183,7 +175,8 @@ struct Kernel {
     MEMBER void work() const {
         const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4, group = threadIdx.x / WARPGROUP % BLOCK_TILES;
         const int team = __shfl_sync(FULL_WARP, threadIdx.x / TEAM, 0);
-        const uint32 my_weights = weights + group * TILE_BYTES;
+        Fragments fragments;
+        fragments.find(weights + group * TILE_BYTES, warp, lane);
         cluster_wait();
         const uint32 my_empty = address_in_cluster(empty, lane & 1);  // lane 0 and 1 arrive at both blocks'
         Place<STAGES> place;
@@ -199,10 +192,8 @@ struct Kernel {
             for (int step = 0; step < steps; step++) {
                 wait_barrier(full + place.slot * 8, place.parity);
                 if (step < count) {
-                    Fragments fragments;
-                    fragments.load(my_weights + place.slot * WEIGHT_BYTES, warp, lane,
-                                   tile_width(first + step, p.num_columns));
-                    multiply_by_groups(sums, fragments, x + place.slot * X_BYTES);
+                    fragments.load(place.slot * WEIGHT_BYTES, tile_width(first + step, p.num_columns));
+                    multiply_by_groups(sums, fragments, panel_place(x) + place.slot * (X_BYTES >> 4));
                 }
                 __syncwarp();
                 // Nobody waits for the last ones, and the other block may be gone
@@ -215,106 +206,165 @@ struct Kernel {
 #pragma unroll
                 for (int k = 0; k < 4; k++) total[j][k] += sums[j][k];
             }
-            if (task + 1 < first_task + num_tasks && (task + 1) % PAIRS) continue;
-            float mine[SHARE][4];
-            meet(mine, total, team);
-            finish(mine, task, team);
+            if (task + 1 == first_task + num_tasks || (task + 1) % PAIRS) continue;
+            meet(total, team);
+            pass_on(task / PAIRS);
 #pragma unroll
             for (int j = 0; j < TOKENS / 8; j++) total[j][0] = total[j][1] = total[j][2] = total[j][3] = 0;
         }
+        meet(total, team);
+        finish(first_task + num_tasks - 1);
     }
 
-    // Adds both teams' sums: a team gets its share of the tokens
-    MEMBER void meet(float (&mine)[SHARE][4], const float (&sums)[TOKENS / 8][4], int team) const {
-        const uint32 place = meeting + threadIdx.x % TEAM * 16;
-        const int barrier = 1 + BLOCK_TILES + threadIdx.x % TEAM / WARP;
+    // ---- the end of a row group or of the run ------------------------------------------------------------------------------
+
+    // Both teams' sums to shared memory, turned: tokens x rows. So that whole rows are read and written from here on: the
+    // words of a fragment, 8 rows at a time, took as long as all else at a run's end.
+    MEMBER void meet(const float (&total)[TOKENS / 8][4], int team) const {
+        const int lane = threadIdx.x % WARP;
+        const uint32 fragment = meeting + (team * TOKENS + lane % 4 * 2) * TURNED_BYTES +
+                                (threadIdx.x % TEAM / WARP * 16 + lane / 4) * 4;
+        sync_threads<CONSUMERS>(1);  // all have read what was here before
 #pragma unroll
-        for (int j = 0; j < SHARE; j++) {
-            if (team)
-                store_shared(place + j * (TEAM * 16), sums[j]);
-            else
-                store_shared(place + (SHARE + j) * (TEAM * 16), sums[SHARE + j]);
+        for (int j = 0; j < TOKENS / 8; j++) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) store_shared(fragment + (j * 8 + k % 2) * TURNED_BYTES + k / 2 * 32, total[j][k]);
         }
-        sync_threads<2 * WARP>(barrier);
-#pragma unroll
-        for (int j = 0; j < SHARE; j++) {
-            float other[4];
-            load_shared(other, place + (team * SHARE + j) * (TEAM * 16));
-#pragma unroll
-            for (int k = 0; k < 4; k++) mine[j][k] = (team ? sums[SHARE + j][k] : sums[j][k]) + other[k];
-        }
-        sync_threads<2 * WARP>(barrier);  // the place is free again
+        sync_threads<CONSUMERS>(1);
     }
 
-    // A team's sums of a run of tasks that ends with `task`
-    MEMBER void finish(float (&sums)[SHARE][4], int task, int team) const {
-        const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
-        const int group = threadIdx.x / WARPGROUP % BLOCK_TILES;
-        const int row_group = task / PAIRS, row_tile = row_group * GROUP_TILES + half() * BLOCK_TILES + group;
-        const int token = chunk() * TOKENS + team * SHARE * 8 + lane % 4 * 2;
-        const int row = row_tile * TILE_ROWS + warp * 16 + lane / 4;
-        if (row_tile >= num_row_tiles) return;
-        float before[SHARE][4];  // asked for ahead of everything else that takes a round trip
+    // Four consecutive rows of a token, both teams' sums added
+    MEMBER void met(float (&sums)[4], int token) const {
+        const uint32 row = meeting + token * TURNED_BYTES + threadIdx.x % WARP * 16;
+        float odd[4];
+        load_shared(sums, row);
+        load_shared(odd, row + TOKENS * TURNED_BYTES);
 #pragma unroll
-        for (int j = 0; j < SHARE; j++) load_residual(before[j], p.epilogue, token + j * 8, row);
+        for (int k = 0; k < 4; k++) sums[k] += odd[k];
+    }
+
+    // Of this lane
+    MEMBER int first_row(int row_group) const {
+        return (row_group * GROUP_TILES + half() * BLOCK_TILES) * TILE_ROWS + threadIdx.x % WARP * 4;
+    }
+    MEMBER int num_tokens() const { return min(TOKENS, p.epilogue.num_tokens - chunk() * TOKENS); }
+
+    // Rows behind which the run goes on: all their tasks were this worker's, or another adds up
+    MEMBER void pass_on(int row_group) const {
+        const int row = first_row(row_group), first = runs.owner(row_group * PAIRS);
+        if (row - threadIdx.x % WARP * 4 >= p.epilogue.num_rows) return;
+#pragma unroll
+        for (int i = 0; i < WARP_TOKENS; i++) {
+            const int token = threadIdx.x / WARP + i * WARPS;
+            float sums[4];
+            met(sums, token);
+            if (first != worker()) {
+                if (token < num_tokens()) leave(place(worker(), false) + token * WARP, sums);
+            } else {
+                float before[4];
+                load_rows(before, p.epilogue, chunk() * TOKENS + token, row);
+                store_rows(p.epilogue, chunk() * TOKENS + token, row, sums, before);
+            }
+        }
+    }
+
+    // The rows where a run ends
+    MEMBER void finish(int task) const {
+        const int row_group = task / PAIRS, row = first_row(row_group), warp = threadIdx.x / WARP;
+        if (row - threadIdx.x % WARP * 4 >= p.epilogue.num_rows) return;
         const int first = runs.owner(row_group * PAIRS), last = runs.owner(row_group * PAIRS + PAIRS - 1);
-        if (first == last || add_partials(sums, row_tile, first, last, p.epilogue.num_tokens - token)) {
+        const int adders = num_adders(row_group), token = chunk() * TOKENS + warp;
+        if (first != last) give(first, adders);
+        constexpr int BATCH = WARP_TOKENS < 2 ? WARP_TOKENS : 2;  // in as many registers as there are
+#pragma unroll 1
+        for (int start = 0; start < WARP_TOKENS; start += BATCH) {
+            if (worker() < first + adder(start, adders) || worker() > first + adder(start + BATCH - 1, adders)) continue;
+            bool adds[BATCH];
+            float before[BATCH][4], sums[BATCH][4];
 #pragma unroll
-            for (int j = 0; j < SHARE; j++) store(p.epilogue, token + j * 8, row, sums[j], before[j]);
+            for (int j = 0; j < BATCH; j++) {
+                adds[j] = first + adder(start + j, adders) == worker() && (start + j) * WARPS + warp < num_tokens();
+                load_rows(before[j], p.epilogue, adds[j] ? token + (start + j) * WARPS : p.epilogue.num_tokens, row);
+                met(sums[j], warp + (start + j) * WARPS);
+            }
+            if (first != last) add<BATCH>(sums, adds, start, first, last);
+#pragma unroll
+            for (int j = 0; j < BATCH; j++)
+                if (adds[j]) store_rows(p.epilogue, token + (start + j) * WARPS, row, sums[j], before[j]);
         }
-        __syncwarp();
     }
 
-    MEMBER float4* partials(int owner, bool is_first) const {
+    // ---- adding up what the workers that share rows have -------------------------------------------------------------------
+    // A worker waits for three others at most, its neighbours in the grid, and none waits before it has left what it has.
+
+    // A worker's sums of rows that it shares, as the first to have some of them or not; + token * WARP
+    MEMBER float4* place(int owner, bool is_first) const {
         const int block = ((chunk() * (gridDim.x / 2) + owner) * 2 + is_first) * 2 + half();
-        const int group = threadIdx.x / WARPGROUP % BLOCK_TILES, team = threadIdx.x / TEAM;
-        return p.partials + int64(block) * (TOKENS / 8 * TEAM) + group * (TOKENS / 8 * WARPGROUP) +
-               team * (SHARE * WARPGROUP) + threadIdx.x % WARPGROUP;
+        return p.exchange + int64(block) * (TOKENS * WARP) + threadIdx.x % WARP;
     }
 
-    // Leaves this worker's sums for the others of the row tile, first .. last. The last to arrive gets all of them added
-    // up, and true. num_tokens: from this lane's first one on.
-    MEMBER bool add_partials(float (&sums)[SHARE][4], int row_tile, int first, int last, int num_tokens) const {
-        const int group = threadIdx.x / WARPGROUP % BLOCK_TILES;
-        float4* mine = partials(worker(), worker() == first);
+    // Those whose run ends in a group of rows share out the adding; one that goes on has been here long ago
+    MEMBER int num_adders(int row_group) const {
+        const int first = runs.owner(row_group * PAIRS), last = runs.owner(row_group * PAIRS + PAIRS - 1);
+        return max(last - first + (runs.first(last + 1) <= (row_group + 1) * PAIRS), 1);
+    }
+
+    // Which of the workers from `first` on adds up a warp's i-th token
+    static MEMBER int adder(int i, int adders) { return i * adders / WARP_TOKENS; }
+
+    // What others add up
+    MEMBER void give(int first, int adders) const {
+        const int warp = threadIdx.x / WARP;
 #pragma unroll
-        for (int j = 0; j < SHARE; j++)
-            if (j * 8 < num_tokens) mine[j * WARPGROUP] = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
-        fence_device();
-        sync_threads<TEAMS * WARPGROUP>(1 + group);
-        if (threadIdx.x / TEAM == 0 && threadIdx.x % WARPGROUP == 0) {
-            uint32* arrivals = p.arrivals + chunk() * num_row_tiles + row_tile;
-            const bool all = atomicAdd(arrivals, 1) == last - first;
-            if (all) *arrivals = 0;
-            is_last[group] = all;
+        for (int i = 0; i < WARP_TOKENS; i++) {
+            if (first + adder(i, adders) == worker()) continue;
+            float sums[4];
+            met(sums, warp + i * WARPS);
+            if (warp + i * WARPS < num_tokens()) leave(place(worker(), worker() == first) + (warp + i * WARPS) * WARP, sums);
         }
-        sync_threads<TEAMS * WARPGROUP>(1 + group);
-        if (!*reinterpret_cast<volatile uint32*>(is_last + group)) return false;
-        fence_device();
-        constexpr int BATCH = SHARE < 2 ? SHARE : 2;
+    }
+
+    // sums: of the tokens from `start` on, of which those that this worker adds get what the others have
+    template <int BATCH>
+    MEMBER void add(float (&sums)[BATCH][4], const bool (&adds)[BATCH], int start, int first, int last) const {
+        float parts[PAIRS][BATCH][4];  // rows are never shared by more workers than they have tasks
 #pragma unroll
-        for (int start = 0; start < SHARE; start += BATCH) {
-            float4 parts[PAIRS][BATCH];  // a group is never shared by more workers than it has tasks
+        for (int j = 0; j < BATCH; j++) {
 #pragma unroll
             for (int i = 0; i < PAIRS; i++) {
 #pragma unroll
-                for (int j = 0; j < BATCH; j++) {
-                    parts[i][j] = make_float4(0, 0, 0, 0);  // adds nothing, exactly
-                    if (first + i <= last && (start + j) * 8 < num_tokens)
-                        parts[i][j] = __ldcg(partials(first + i, i == 0) + (start + j) * WARPGROUP);
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < BATCH; j++) {
-                float4 sum = parts[0][j];
-#pragma unroll
-                for (int i = 1; i < PAIRS; i++)
-                    sum.x += parts[i][j].x, sum.y += parts[i][j].y, sum.z += parts[i][j].z, sum.w += parts[i][j].w;
-                sums[start + j][0] = sum.x, sums[start + j][1] = sum.y;
-                sums[start + j][2] = sum.z, sums[start + j][3] = sum.w;
+                for (int k = 0; k < 4; k++) parts[i][j][k] = first + i == worker() ? sums[j][k] : 0;  // adds nothing, exactly
             }
         }
-        return true;
+        bool all;
+        do {
+            all = true;
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++) {
+#pragma unroll
+                for (int j = 0; j < BATCH; j++)
+                    if (adds[j] && first + i <= last && first + i != worker())
+                        look(parts[i][j], place(first + i, i == 0) + (threadIdx.x / WARP + (start + j) * WARPS) * WARP);
+            }
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++) {
+#pragma unroll
+                for (int j = 0; j < BATCH; j++) all &= is_there(parts[i][j]);
+            }
+        } while (!__all_sync(FULL_WARP, all));
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) {
+                sums[j][k] = parts[0][j][k];
+#pragma unroll
+                for (int i = 1; i < PAIRS; i++) sums[j][k] += parts[i][j][k];
+            }
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++)
+                if (adds[j] && first + i <= last && first + i != worker())
+                    clear(place(first + i, i == 0) + (threadIdx.x / WARP + (start + j) * WARPS) * WARP);
+        }
     }
 };
 
@@ -339,10 +389,9 @@ DEVICE void int4_wgmma(const Problem& p, const TensorMap& x_map) {
 #define INT4_WGMMA(TOKENS)                                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, 1) int4_wgmma_##TOKENS(                                       \
         const __grid_constant__ TensorMap x_map, const uint8* __restrict__ packed, const float* __restrict__ bias,      \
-        uint16* out, float* residual, float4* partials, uint32* arrivals, int num_tokens, int num_rows,                 \
-        int num_columns, int gated) {                                                                                   \
+        uint16* out, float* residual, float4* exchange, int num_tokens, int num_rows, int num_columns, int gated) {     \
         const Epilogue epilogue = {bias, out, residual, num_tokens, num_rows, gated != 0};                              \
-        int4_wgmma<TOKENS>({packed, epilogue, partials, arrivals, num_columns}, x_map);                                 \
+        int4_wgmma<TOKENS>({packed, epilogue, exchange, num_columns}, x_map);                                           \
     }
 
 // int4_wgmma.py has the same numbers
