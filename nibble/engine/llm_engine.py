@@ -67,6 +67,7 @@ class LLMEngine:
             order=order,
             num_swap_blocks=runner.num_swap_blocks,
         )
+        self.stats.look_at(self.scheduler)
         self.max_context_tokens = min(config.max_context_tokens, runner.num_blocks * BLOCK_SIZE)
         self._sequences: dict[str, Sequence] = {}
         self._max_pending_steps = 1 if runner.kernels.is_asynchronous else 0  # between two calls of `step`
@@ -125,7 +126,7 @@ class LLMEngine:
                 self.constraints.forget(sequence)
             if self.speculation is not None:
                 self.speculation.drafter.forget(sequence)
-            self._update_gauges()
+            self.stats.look_at(self.scheduler)
 
     def step(self) -> list[TokenEvent]:
         """Schedule a step and launch it, then read what is due. Returns the events in order, a few per request."""
@@ -137,7 +138,9 @@ class LLMEngine:
         if batch.chunks:
             self._launch(batch)
         is_due = len(self._pending) > (self._max_pending_steps if batch.chunks else 0)
-        return events + (self._collect() if is_due else [])
+        events += self._collect() if is_due else []
+        self.stats.look_at(self.scheduler)
+        return events
 
     @property
     def has_unfinished(self) -> bool:
@@ -279,17 +282,11 @@ class LLMEngine:
         stats.num_steps += 1
         stats.num_prompt_tokens += sum(chunk.num_tokens for chunk in step.batch.prefill)
         stats.num_generated_tokens += num_sampled
-        stats.num_preemptions = self.scheduler.num_preemptions
-        stats.num_cache_queries, stats.num_cache_hits = self.scheduler.num_cache_queries, self.scheduler.num_cache_hits
+        stats.step_tokens, stats.step_is_decode = num_sampled, not step.batch.prefill
+        stats.wait_s = self.runner.wait_s
         if self.speculation is not None:
             stats.num_draft_tokens = self.speculation.num_draft_tokens
             stats.num_accepted_tokens = self.speculation.num_accepted_tokens
         # Until the step before had finished, the device was not at work for this one.
         stats.step_bytes, stats.step_s = step.num_bytes, now_s - max(step.launched_s, self._collected_s)
         self._collected_s = now_s
-        self._update_gauges()
-
-    def _update_gauges(self) -> None:
-        stats, scheduler = self.stats, self.scheduler
-        stats.num_running, stats.num_waiting = len(scheduler.running), len(scheduler.waiting)
-        stats.kv_cache_usage = scheduler.block_manager.usage

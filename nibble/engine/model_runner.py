@@ -107,6 +107,7 @@ class ModelRunner:
         shape = PassShape(max_rows, max_samples, self._max_blocks, max_samples, True, max_tokens)
         size = 2 * shape.num_bytes
         self._host = [kernels.host_buffer((size,), np.uint8) for _ in range(NUM_HOST_BUFFERS)]
+        self.wait_s = 0.0  # for the device, in all steps together
         self._turn = 0  # which host buffer is the present step's
         self._inputs = kernels.zeros((size,), np.uint8)
         self._shapes = captured_shapes(max_sequences, max_verified, self._max_blocks)
@@ -168,9 +169,11 @@ class ModelRunner:
 
         Records of their log probabilities are left in the sequences.
         """
+        started_s = time.perf_counter()
+        latest = step.latest.wait().tolist()
+        self.wait_s += time.perf_counter() - started_s
         if step.prompt_logprobs is not None:
             keep_prompt_logprobs(step.prompt_parts, step.prompt_logprobs.wait())
-        latest = step.latest.wait().tolist()
         logprobs = None if step.logprobs is None else step.logprobs.wait()
         sampled, row = [], 0
         for sequence, _, num_samples in step.batch.chunks:

@@ -36,10 +36,16 @@ class SwapSpace:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
+        self.num_saved = 0  # sequences
         self.num_restored = 0  # sequences
         self._free = list(range(num_blocks))
         self._saved: dict[Sequence, _Saved] = {}
         self._moves: list[BlockMove] = []
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that keep something."""
+        return self.num_blocks - len(self._free)
 
     def save(self, sequence: Sequence, first_block: int) -> None:
         """Keep a sequence's blocks from first_block on, if there is room, for when it gets others instead."""
@@ -48,6 +54,7 @@ class SwapSpace:
         if not blocks or len(blocks) > len(self._free):
             return
         host_blocks = [self._free.pop() for _ in blocks]
+        self.num_saved += 1
         self._saved[sequence] = _Saved(first_block, sequence.num_computed_tokens, host_blocks)
         self._moves += [BlockMove(*pair, to_host=True) for pair in zip(blocks, host_blocks, strict=True)]
 

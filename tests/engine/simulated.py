@@ -109,6 +109,7 @@ class SimulatedRunner(ModelRunner):
         self.nonfinite_from: dict[str, int] = {}  # generated token of a request whose logits are not finite
         self.num_launched = 0
         self.num_collected = 0
+        self.wait_s = 0.0
 
     def launch(self, batch: Batch) -> PendingStep:
         assert batch.num_tokens <= self.max_num_batched_tokens

@@ -49,10 +49,19 @@ def steps(engine: LLMEngine) -> Iterator[dict[str, list[int]]]:
 
 
 def run(engine: LLMEngine, added: list[GenerationRequest]) -> None:
-    """All get their own tokens."""
+    """All get their own tokens. The statistics are those of the scheduler's parts before, in between and after."""
     for each in added:
         engine.add(each)
-    *_, tokens = steps(engine)
+    assert engine.stats.num_free_blocks == engine.stats.num_blocks > 0
+    most_swapped = 0
+    for tokens in steps(engine):
+        stats, blocks, swap = engine.stats, engine.scheduler.block_manager, engine.scheduler.swap_space
+        assert (stats.num_free_blocks, stats.num_cached_blocks) == (blocks.num_free, blocks.num_cached)
+        assert (stats.num_used_swap_blocks, stats.num_swapped_in) == (swap.num_used, swap.num_restored)
+        most_swapped = max(most_swapped, swap.num_used)
+    assert engine.stats.num_swapped_out >= engine.stats.num_swapped_in
+    assert bool(most_swapped) == bool(engine.stats.num_swapped_out)
+    assert engine.stats.wait_s > 0
     assert tokens == {each.request_id: [token_at(each.sampling.seed, i) for i in range(200)] for each in added}
 
 
