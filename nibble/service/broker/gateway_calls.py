@@ -28,6 +28,7 @@ from nibble.service.broker.terms import Level, Quota, Terms
 from nibble.service.broker.token_log import TokenLog
 from nibble.service.broker.wire import (
     BrokerStatus,
+    ServerStatus,
     decode_event,
     decode_request,
     decode_worker_info,
@@ -112,9 +113,24 @@ class GatewayCalls:
         return bool(await self._call(scripts.ABORT, request_id, reason.value, error))
 
     async def status(self) -> BrokerStatus:
-        num_queued, num_running, infos = await self._call(scripts.STATUS)
+        num_queued, num_running, infos, age_ms = await self._call(scripts.STATUS)
         workers = tuple(decode_worker_info(info) for info in infos)
-        return BrokerStatus(num_queued=num_queued, num_running=num_running, workers=workers)
+        return BrokerStatus(num_queued=num_queued, num_running=num_running, workers=workers, queue_age_s=age_ms / 1000)
+
+    async def server_status(self) -> ServerStatus:
+        """Raises BrokerError where it may not be asked, too."""
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                info = await self._client.info()
+        except (RedisError, OSError) as error:
+            raise translated(error) from error
+        return ServerStatus(
+            memory_used_bytes=info["used_memory"],
+            memory_limit_bytes=info["maxmemory"] or info["total_system_memory"],
+            num_clients=info["connected_clients"],
+            num_commands=info["total_commands_processed"],
+            num_evicted_keys=info["evicted_keys"],
+        )
 
     async def store_response(self, response_id: str, record: bytes, previous_id: str, ttl_s: float) -> None:
         await self._call(scripts.STORE_RESPONSE, response_id, record, previous_id, max(1, round(ttl_s * 1000)))

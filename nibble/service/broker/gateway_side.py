@@ -20,7 +20,7 @@ from nibble.service.broker.stream_checker import Patience, PendingAbort, StreamC
 from nibble.service.broker.stream_table import StreamTable
 from nibble.service.broker.terms import Terms
 from nibble.service.broker.token_stream import TokenStream
-from nibble.service.broker.wire import BrokerStatus
+from nibble.service.broker.wire import BrokerStatus, ServerStatus
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +150,15 @@ class GatewayBroker:
     async def status(self) -> BrokerStatus:
         """Queue, leases and live workers of the deployment. Raises BrokerUnavailable."""
         return await self._calls.status()
+
+    async def server_status(self) -> ServerStatus:
+        """Raises BrokerError: a server need not allow the question."""
+        return await self._calls.server_status()
+
+    @property
+    def num_restored(self) -> int:
+        """Requests given back to a server that had lost them."""
+        return self._checker.num_restored
 
     async def _read_events(self) -> None:
         while True:

@@ -23,8 +23,8 @@ All keys begin with the namespace in braces, a hash tag, so that a Redis cluster
     {nibble}:prompt_logprobs:<request>  string records of the prompt's tokens, if asked for
     {nibble}:context:<request>      string beside it: what its gateway needs to make an answer of the tokens
     {nibble}:state:<request>        hash   status (queued, running, finished), attempt, crashes, worker, gateways,
-                                           score, nonce, deadline_ms, max_attempts, log_ttl_ms, final (TokenEvent);
-                                           claim and quota (msgpack) if it has them
+                                           score, submitted_ms, nonce, deadline_ms, max_attempts, log_ttl_ms,
+                                           final (TokenEvent); claim and quota (msgpack) if it has them
     {nibble}:claim:<claim>          string "<fingerprint>:<request>" (Terms.claim)
     {nibble}:quota:<name>           hash   "<unit>/<period_ms>" -> Unix ms at which this limit will be unused
                                            (scripts/common.lua); expires then

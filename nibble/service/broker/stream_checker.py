@@ -59,6 +59,7 @@ class StreamChecker:
         self._no_worker_seen_s = NEVER_S  # last read that found none
         self._no_worker_since_s = NEVER_S  # the first of these reads in a row
         self.pending_aborts: dict[str, PendingAbort] = {}
+        self.num_restored = 0  # requests
 
     def check_soon(self) -> None:
         self._is_asked.set()
@@ -111,6 +112,7 @@ class StreamChecker:
         if longest.request is None:
             return  # submit() or attach() is under way and will find out
         longest.num_restores += 1
+        self.num_restored += 1
         await self._calls.restore(longest.request, longest.log, longest.num_restores, longest.terms)
         logger.warning("request restored request_id=%s num_tokens=%d", request_id, len(longest.log.token_ids))
 

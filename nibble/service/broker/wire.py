@@ -25,9 +25,13 @@ _UINT32 = "I"
 assert array(_UINT32).itemsize == 4, "token logs need a 4-byte unsigned int"
 
 
+WorkerState = Literal["loading", "ready", "draining"]
+
+
 class WorkerInfo(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """What a worker says of itself in each exchange; kv_cache_usage is a fraction of its blocks, 0 to 1.
 
+    tokens_per_s: generated for all of them together, per second of recent steps.
     max_context_tokens: the longest sequence that it can hold, 0 where it does not say. A request whose prompt is as
     long as that can never run there.
     """
@@ -35,7 +39,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     worker_id: str
     model: str
     device: str
-    state: Literal["loading", "ready", "draining"]
+    state: WorkerState
     num_running: int = 0
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
@@ -45,11 +49,26 @@ class WorkerInfo(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
 
 class BrokerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """num_queued: waiting for a worker. num_running: leased to one. workers: those with a live heartbeat."""
+    """num_queued: waiting for a worker. num_running: leased to one. workers: those with a live heartbeat.
+
+    queue_age_s: how long the request that is served next has been waiting; those behind it with a lower priority may
+    have waited longer, as they are meant to. 0: none waits.
+    """
 
     num_queued: int
     num_running: int
     workers: tuple[WorkerInfo, ...]
+    queue_age_s: float = 0.0
+
+
+class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What Redis says of itself. memory_limit_bytes: its maxmemory; where none is set, the memory of its machine."""
+
+    memory_used_bytes: int
+    memory_limit_bytes: int
+    num_clients: int
+    num_commands: int  # since its start
+    num_evicted_keys: int  # since its start; a broker's must never be
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):

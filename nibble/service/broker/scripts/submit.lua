@@ -109,7 +109,7 @@ local score = (now + priority_ms) * ARRIVALS_PER_MS + arrival
 redis.call('SET', key('request', id), request)
 set_log()
 redis.call('HSET', key('state', id), 'status', 'queued', 'attempt', is_restore and attempt or 1, 'crashes', 0,
-  'worker', '', 'gateways', gateway, 'score', score, 'nonce', nonce, 'deadline_ms', deadline_ms,
+  'worker', '', 'gateways', gateway, 'score', score, 'submitted_ms', now, 'nonce', nonce, 'deadline_ms', deadline_ms,
   'max_attempts', max_attempts, 'log_ttl_ms', log_ttl_ms)
 redis.call('ZADD', queue, score, id)
 if deadline_ms ~= '' then
