@@ -22,7 +22,7 @@ from nibble.service.gateway.api_keys import KeyRing
 from nibble.service.gateway.auth import ApiKeyMiddleware
 from nibble.service.gateway.boundary import Boundary
 from nibble.service.gateway.errors import ApiError, InvalidRequest, MethodNotAllowed, NotFound, ServerFault
-from nibble.service.gateway.gateway import Gateway, nibble_version
+from nibble.service.gateway.gateway import Gateway
 from nibble.service.gateway.metrics import GatewayMetrics
 from nibble.service.gateway.openapi_document import openapi_document
 from nibble.service.gateway.routes import (
@@ -40,6 +40,7 @@ from nibble.service.gateway.schema.text import CompletionRequest
 from nibble.service.gateway.schema.tokenization import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 from nibble.service.gateway.served_model import load_served_model
 from nibble.service.gateway.settings import GatewaySettings
+from nibble.service.version import nibble_version
 
 _ROUTERS = (
     chat_completions.router,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from nibble.service.broker.gateway_side import GatewayBroker
@@ -13,6 +12,7 @@ from nibble.service.gateway.errors import ApiError
 from nibble.service.gateway.metrics import GatewayMetrics
 from nibble.service.gateway.served_model import ServedModel
 from nibble.service.gateway.settings import GatewaySettings
+from nibble.service.version import nibble_version
 
 if TYPE_CHECKING:
     from nibble.service.gateway.generation import Generation
@@ -60,10 +60,3 @@ class Gateway:
         """End every running answer with this error."""
         for generation in list(self.in_flight):
             generation.interrupt(error)
-
-
-def nibble_version() -> str:
-    try:
-        return version("nibble")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "0+source"

@@ -22,6 +22,7 @@ from nibble.service.gateway.choice import Choice
 from nibble.service.gateway.errors import ApiError, Cancelled, DeadlineExceeded, ServerFault, from_broker
 from nibble.service.gateway.gateway import Gateway
 from nibble.service.gateway.logprobs import TokenLogprob
+from nibble.service.gateway.metrics import Ended, Outcome
 from nibble.service.gateway.plan import Plan
 from nibble.service.gateway.regroup import singly
 from nibble.service.gateway.tool_call_parser import CallDelta
@@ -279,12 +280,10 @@ class Generation:
             metrics.num_running -= 1
         unfinished = FinishReason.ABORT if error is None or error.status < 500 else FinishReason.ERROR
         reasons = [choice.finish_reason or unfinished for choice in self.choices]
-        metrics.finished.update(reasons)
-        metrics.duration_s.observe(duration_s)
+        is_whole = all(choice.finish_reason is not None for choice in self.choices)
+        outcome = Outcome.of(error) if error else Outcome.OK if is_whole else Outcome.ABORTED
         usage = self.usage()
-        metrics.prompt_tokens += usage.prompt_tokens
-        metrics.cached_tokens += usage.cached_tokens
-        metrics.generation_tokens += usage.completion_tokens
+        metrics.count_end(Ended(self.plan.tenant, outcome, reasons, usage, duration_s))
         logger.info(
             "request_id=%s status=%d finish_reason=%s prompt_tokens=%d generated_tokens=%d ttft_ms=%s duration_ms=%.0f",
             self.plan.request_id,

@@ -63,6 +63,7 @@ class Plan:
     echoes: bool = False  # the prompt, too, is part of the text
     format: AnswerFormat | None = None  # how a text is taken apart; None: all of it is content
     continues_prompt: bool = False  # the text goes on where the prompt ends, in the middle of a sentence
+    tenant: str = ""  # the name of the API key
 
     @property
     def shown_tokens(self) -> frozenset[str]:
@@ -122,6 +123,7 @@ def make_plan(
         echoes=wishes.echoes,
         format=wishes.format,
         continues_prompt=wishes.continues_prompt,
+        tenant=client.tenant,
     )
 
 

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one request. Cached ones are part of the prompt's, reasoning ones of the completion's."""
+    """Tokens of a request, or of several. Cached ones are part of the prompt's, reasoning ones of the completion's."""
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
     reasoning_tokens: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
+        )
 
     def openai_json(self) -> dict[str, object]:
         """OpenAI's usage object."""

@@ -43,6 +43,7 @@ def _serve(settings: WorkerSettings) -> None:
     kernels.warm_up()
     model_name = settings.model_name or settings.model_dir.resolve().name
     metrics = WorkerMetrics(model_name, kernels.read_bandwidth(), settings.vllm_metric_names)
+    metrics.weight_bytes, metrics.kv_cache_bytes = engine.weight_bytes, engine.kv_cache_bytes
     broker = WorkerBroker(
         settings.redis_url, settings.worker_id, namespace=settings.namespace, lease_s=settings.lease_s
     )
@@ -62,6 +63,8 @@ def _serve(settings: WorkerSettings) -> None:
         tokens_per_s=0.0,
         max_context_tokens=engine.max_context_tokens,
     )
+    metrics.info = info
+    metrics.observe_step(engine.stats)
     loop = WorkerLoop(engine, broker, metrics, info, settings.lease_s / 3, timeout_s, watchdog)
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda *_: loop.stop())

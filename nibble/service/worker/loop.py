@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 from nibble.engine.errors import RequestError
 from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
 from nibble.engine.stats import EngineStats
 from nibble.service.broker.errors import BrokerError, BrokerUnavailable
-from nibble.service.broker.wire import Assignment, WorkerInfo
+from nibble.service.broker.wire import Assignment, WorkerInfo, WorkerState
 from nibble.service.broker.worker_side import WorkerBroker
 from nibble.service.worker.heartbeat import Heartbeat
 from nibble.service.worker.metrics import WorkerMetrics
@@ -93,6 +94,7 @@ class WorkerLoop:
 
     def run_once(self) -> None:
         """One exchange and, if there is anything to compute, one step."""
+        started_s = time.perf_counter()
         if not self._exchange(self.engine.capacity, "ready"):
             self.broker.wait(RECONNECT_S)
         elif self.engine.has_unfinished:
@@ -100,6 +102,7 @@ class WorkerLoop:
                 events = self.engine.step()
             self._events += events
             self.metrics.observe_step(self.engine.stats)
+            self.metrics.observe_turn(time.perf_counter() - started_s)
         elif not self._events:
             self.broker.wait(self._idle_wait_s)
 
@@ -110,7 +113,7 @@ class WorkerLoop:
         except BrokerError as error:
             logger.critical("event=give_up_failed error=%r: the lease will expire", str(error))
 
-    def _exchange(self, capacity: int, state: Literal["ready", "draining"]) -> bool:
+    def _exchange(self, capacity: int, state: WorkerState) -> bool:
         """Hand over events and take requests. False: the broker is away and the events are kept."""
         stats = self.engine.stats
         info = WorkerInfo(
@@ -122,15 +125,17 @@ class WorkerLoop:
             num_waiting=stats.num_waiting,
             kv_cache_usage=stats.kv_cache_usage,
             max_num_sequences=self._info.max_num_sequences,
-            tokens_per_s=self._tokens_per_s(),
+            tokens_per_s=self.metrics.tokens_per_s,
             max_context_tokens=self._info.max_context_tokens,
         )
+        started_s = time.perf_counter()
         try:
             exchange = self.broker.exchange(self._events, capacity, info)
         except BrokerUnavailable as error:
             logger.warning("event=broker_unavailable error=%r held_events=%d", str(error), len(self._events))
             return False
         self._heartbeat.beat()
+        self.metrics.observe_exchange(exchange, time.perf_counter() - started_s)
         self._log_finished(self._events)
         self._events = []
         for request_id in exchange.dropped:
@@ -140,10 +145,6 @@ class WorkerLoop:
             self.metrics.observe_step(self.engine.stats)
         for assignment in exchange.assignments:
             self._add(assignment)
-        self.metrics.recovered.inc(exchange.num_recovered)
-        self.metrics.fenced.inc(exchange.num_fenced)
-        self.metrics.quarantined.inc(exchange.num_quarantined)
-        self.metrics.expired.inc(exchange.num_expired)
         return True
 
     def _add(self, assignment: Assignment) -> None:
@@ -184,8 +185,3 @@ class WorkerLoop:
                 m.decode_s * 1e3 if m else 0.0,
                 event.error,
             )
-
-    def _tokens_per_s(self) -> float:
-        """Decode rate of the last step, for the gateway's estimate of waiting times."""
-        stats = self.engine.stats
-        return stats.num_running / stats.step_s if stats.step_s > 0 else 0.0

@@ -5,15 +5,21 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from conftest import RunningGateway, wait_for
 from prometheus_client.parser import text_string_to_metric_families
+from promtool import lint, needs_promtool
 from synthetic_worker import CACHED_TOKENS
 
-from nibble.service.gateway.metrics import Buckets, GatewayMetrics
+from nibble.service.gateway.api_keys import key_line
+from nibble.service.gateway.errors import Overloaded, ServerFault, Unavailable
+from nibble.service.gateway.metrics import Ended, GatewayMetrics, Outcome
+from nibble.service.gateway.usage import Usage
+from nibble.service.metrics import Buckets
 
 BODY: dict[str, Any] = {"model": "small", "messages": [{"role": "user", "content": "The quick brown fox"}]}
 FAILING = {**BODY, "messages": [{"role": "user", "content": "fail"}]}
@@ -25,9 +31,9 @@ def fresh(run_gateway: Callable[..., Any]) -> Iterator[RunningGateway]:
         yield running
 
 
-def samples(running: RunningGateway) -> dict[tuple[str, ...], float]:
+def samples(running: RunningGateway, **headers: str) -> dict[tuple[str, ...], float]:
     """(name, label values except the model's and the bucket's own) -> value."""
-    response = httpx.get(f"{running.url}/metrics")
+    response = httpx.get(f"{running.url}/metrics", headers=headers)
     assert response.headers["content-type"].startswith("text/plain")
     found = {}
     for family in text_string_to_metric_families(response.text):
@@ -63,7 +69,10 @@ def test_every_way_to_end_is_counted(fresh: RunningGateway) -> None:
     reasons = {reason: found["vllm:request_success_total", reason] for reason in ("stop", "length", "abort", "error")}
     assert reasons == {"stop": 0, "length": 1, "abort": 1, "error": 1}
     fresh.post({**BODY, "temperature": 9})
-    assert samples(fresh)["nibble_http_responses_total", "400"] == 1
+    found = samples(fresh)
+    assert found["nibble_http_responses_total", "400"] == 1
+    outcomes = {outcome.value: found["nibble_requests_total", outcome] for outcome in Outcome}
+    assert outcomes == {"ok": 1, "aborted": 1, "rejected": 1, "limited": 0, "refused": 0, "failed": 1}
 
 
 def test_running_and_waiting_requests(fresh: RunningGateway) -> None:
@@ -142,3 +151,73 @@ def test_observing_is_cheap_enough_for_each_token() -> None:
 
     buckets = Buckets((0.01, 0.025, 0.05, 0.1))
     assert timeit.timeit(lambda: buckets.observe(0.03), number=10_000) / 10_000 < 20e-6
+
+
+def test_requests_that_nobody_can_serve_are_refused(run_gateway: Callable[..., Any]) -> None:
+    with run_gateway(has_worker=False) as running:
+        assert running.post(BODY).status_code == 503
+        found = samples(running)
+    assert found["nibble_requests_total", "refused"] == 1
+    assert [found["nibble_workers", state] for state in ("loading", "ready", "draining")] == [0, 0, 0]
+
+
+def test_who_is_to_blame_follows_from_the_error() -> None:
+    assert Outcome.of(Overloaded("the queue is full")) is Outcome.REFUSED
+    assert Outcome.of(Overloaded("", code="rate_limit_exceeded")) is Outcome.LIMITED
+    assert Outcome.of(Unavailable("")) is Outcome.REFUSED
+    assert Outcome.of(ServerFault("")) is Outcome.FAILED
+
+
+def test_usage_is_counted_by_the_names_in_the_file_of_keys(run_gateway: Callable[..., Any], tmp_path: Path) -> None:
+    """And by nothing that clients send."""
+    file = tmp_path / "keys"
+    file.write_text(key_line("k1", name="ada") + "\n" + key_line("k2", name="bob", requests_per_minute=1))
+    with run_gateway(api_keys_file=file) as running:
+        body = {**BODY, "user": "someone"}
+        usage = [running.post(body, authorization="Bearer k1").json()["usage"] for _ in range(2)]
+        statuses = [running.post(body, authorization="Bearer k2").status_code for _ in range(2)]
+        running.post(body, authorization="Bearer k3")
+        found = samples(running, authorization="Bearer k1")
+    assert statuses == [200, 429]
+    outcomes = {labels[1:]: value for labels, value in found.items() if labels[0] == "nibble_key_requests_total"}
+    assert outcomes == {("ada", "ok"): 2, ("bob", "ok"): 1, ("bob", "limited"): 1}
+    tokens = {labels[1:]: value for labels, value in found.items() if labels[0] == "nibble_key_tokens_total"}
+    assert {key for key, _ in tokens} == {"ada", "bob"}
+    assert tokens["ada", "generation"] == sum(one["completion_tokens"] for one in usage)
+    assert tokens["ada", "cached"] == 2 * CACHED_TOKENS
+
+
+def test_what_waits_in_the_broker_and_for_how_long(run_gateway: Callable[..., Any]) -> None:
+    with run_gateway(has_worker=False, needs_worker=False) as running:
+        assert samples(running)["nibble_queue_age_seconds",] == 0
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{running.url}/v1/chat/completions", json={**BODY, "stream": True}, timeout=0.3)
+        with httpx.stream("POST", f"{running.url}/v1/chat/completions", json={**BODY, "stream": True}):
+            wait_for(lambda: samples(running)["nibble_queued_requests",] == 1)
+            wait_for(lambda: samples(running)["nibble_queue_age_seconds",] > 0.2)
+            found = samples(running)
+    assert found["nibble_broker_up",] == 1
+    assert found["nibble_leased_requests",] == 0
+    assert 0 < found["nibble_redis_memory_used_bytes",] < found["nibble_redis_memory_limit_bytes",]
+    assert found["nibble_redis_commands_total",] > 0
+
+
+def test_a_broker_that_is_away_is_a_metric_and_no_failed_scrape(run_gateway: Callable[..., Any]) -> None:
+    with run_gateway(has_worker=False, redis_url="redis://127.0.0.1:1/0") as running:
+        found = samples(running)
+    assert found["nibble_broker_up",] == 0
+    assert ("nibble_queued_requests",) not in found
+    assert found["nibble_requests_total", "ok"] == 0
+
+
+@needs_promtool
+@pytest.mark.parametrize("vllm_names", [True, False])
+def test_promtool_finds_fault_with_the_colon_of_standard_names_alone(
+    run_gateway: Callable[..., Any], vllm_names: bool
+) -> None:
+    with run_gateway(vllm_metric_names=vllm_names) as running:
+        running.gateway.metrics.count_end(Ended("ada", Outcome.OK, [], Usage(1, 1, 1), 0.1))
+        running.post(BODY)
+        found = lint(httpx.get(f"{running.url}/metrics").text)
+    assert bool(found) == vllm_names
+    assert not [line for line in found if not (line.startswith("vllm:") and "':'" in line)]

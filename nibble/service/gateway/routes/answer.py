@@ -23,6 +23,7 @@ from nibble.service.gateway.field_support import ignored_header
 from nibble.service.gateway.follow import Asker, cancel, follow, positions_in
 from nibble.service.gateway.gateway import Gateway
 from nibble.service.gateway.generation import Generation
+from nibble.service.gateway.metrics import Outcome
 from nibble.service.gateway.plan import ClientContext, Plan
 from nibble.service.gateway.rate_limits import rate_limit_headers
 from nibble.service.gateway.recipe import Recipe, encode_recipe
@@ -66,6 +67,7 @@ async def answer(request: Request, endpoint: Endpoint) -> Response:
         client = _client_context(request, gateway, request_id, arrival_s)
         return await _answer(request, gateway, client, endpoint)
     except ApiError as error:
+        gateway.metrics.count_outcome(Outcome.of(error), asker_of(request, endpoint).tenant)
         logger.info(
             "request_id=%s status=%d code=%s param=%s duration_ms=%.0f",
             request_id,

@@ -7,8 +7,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from nibble.service.broker.errors import BrokerError
-from nibble.service.gateway.gateway import Gateway, nibble_version
+from nibble.service.gateway.gateway import Gateway
 from nibble.service.gateway.routes.body import gateway_of, json_response
+from nibble.service.version import nibble_version
 
 router = APIRouter(tags=["operations"])
 
@@ -32,7 +33,9 @@ async def ready(request: Request) -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
-    return Response(gateway_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    gateway = gateway_of(request)
+    await gateway.metrics.broker.refresh(gateway.broker)
+    return Response(gateway.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/version")
