@@ -11,10 +11,10 @@ PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve chat bench bench-gpu install dev check format test test-conformance test-gpu sanitize-gpu docs kernels lock clean
+.PHONY: help serve chat bench bench-gpu install dev check format test test-conformance test-dashboards test-gpu sanitize-gpu docs dashboards kernels lock clean
 
 help: ## Show the commands
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 serve: $(VENV)/serve.stamp ## Serve a model (MODEL=file.gguf, directory or hub id, PORT=8000; default: the demo model)
 	@exec $(BIN)/nibble serve $(if $(MODEL),--model '$(MODEL)') $(if $(PORT),--port '$(PORT)') $(ARGS)
@@ -49,6 +49,9 @@ test-conformance: $(VENV)/dev.stamp ## Clients and tools of others against the A
 	@$(PIP) install -r requirements/conformance.txt
 	$(BIN)/python -m pytest -m conformance -W default $(ARGS)
 
+test-dashboards: $(VENV)/dev.stamp ## Prometheus beside the live service: every panel and rule has data (apt install prometheus)
+	$(BIN)/python -m pytest -m dashboards $(ARGS)
+
 test-gpu: $(VENV)/dev.stamp ## The tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
@@ -62,6 +65,9 @@ sanitize-gpu: $(VENV)/dev.stamp ## Every CUDA kernel on small cases under comput
 
 docs: $(VENV)/dev.stamp ## Write the table of all request fields in docs/api.md
 	$(BIN)/python docs/field_table.py
+
+dashboards: $(VENV)/dev.stamp ## Write the dashboards of observability/ from their definitions
+	$(BIN)/python -m observability.dashboards
 
 kernels: $(VENV)/dev.stamp ## Compile the CUDA kernels for all architectures (no GPU needed)
 	$(BIN)/python -m nibble.kernels.cuda.build $(ARGS)

@@ -1,0 +1,107 @@
+"""What observability/ holds, against the code: dashboards as generated, rules as tested, metrics that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from promtool import needs_promtool
+
+from nibble.engine.protocol import FinishReason
+from nibble.service.broker.wire import BrokerStatus, ServerStatus, WorkerInfo
+from nibble.service.gateway.broker_metrics import BrokerMetrics
+from nibble.service.gateway.metrics import Ended, GatewayMetrics, Outcome
+from nibble.service.gateway.usage import Usage
+from nibble.service.worker.metrics import WorkerMetrics
+from observability.dashboards.__main__ import FOLDER, PAGES, files
+from observability.dashboards.panels import queries_of
+
+ROOT = Path(__file__).parents[2]
+RULES = sorted((ROOT / "observability" / "prometheus" / "rules").glob("*.yml"))
+RUNBOOKS = ROOT / "docs" / "operations.md"
+SUFFIXES = ("_bucket", "_sum", "_count")
+
+
+def exported() -> set[str]:
+    """Every metric of both processes."""
+    worker = WorkerMetrics("m", 1e9, with_vllm_names=False)
+    worker.info = WorkerInfo(worker_id="w", model="m", device="d", state="ready")
+    gateway = GatewayMetrics("m", vllm_names=False)
+    gateway.count_end(Ended("ada", Outcome.OK, [FinishReason.STOP], Usage(1, 1, 1), 1.0))
+    gateway.broker = known_broker()
+    metrics = [*worker.collect(), *gateway.collect()]
+    return {f"{metric.name}_total" if metric.type == "counter" else metric.name for metric in metrics}
+
+
+def known_broker() -> BrokerMetrics:
+    broker = BrokerMetrics()
+    broker._status = BrokerStatus(num_queued=0, num_running=0, workers=())
+    broker._server = ServerStatus(
+        memory_used_bytes=1, memory_limit_bytes=2, num_clients=1, num_commands=1, num_evicted_keys=0
+    )
+    return broker
+
+
+def rules() -> list[dict[str, str]]:
+    return [rule for file in RULES for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]]
+
+
+def metrics_in(query: str) -> set[str]:
+    """Without the suffixes of histograms."""
+    names = re.findall(r"\bnibble_[a-z0-9_]+", query)
+    return {next((name.removesuffix(end) for end in SUFFIXES if name.endswith(end)), name) for name in names}
+
+
+def test_dashboards_are_those_that_the_code_makes() -> None:
+    """`make dashboards` writes them."""
+    found = {file.name: file.read_text() for file in FOLDER.glob("*.json")}
+    assert found == files()
+
+
+def test_panels_and_variables_have_names_of_their_own() -> None:
+    for content in files().values():
+        ids = [panel["id"] for panel in json.loads(content)["panels"]]
+        assert len(ids) == len(set(ids))
+
+
+def test_dashboards_and_rules_name_metrics_that_exist() -> None:
+    queries = [query for page in PAGES for query in queries_of(page)] + [rule["expr"] for rule in rules()]
+    named = set().union(*map(metrics_in, queries))
+    assert len(named) > 40
+    assert named <= exported()
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    assert {name for query in queries for name in re.findall(r"\bnibble:[a-z0-9_:]+", query)} <= recorded
+
+
+def test_every_metric_is_on_a_dashboard_or_in_a_rule() -> None:
+    queries = [query for page in PAGES for query in queries_of(page)] + [rule["expr"] for rule in rules()]
+    named = set().union(*map(metrics_in, queries))
+    assert exported() - named == set()
+
+
+@needs_promtool
+def test_rules_do_what_their_tests_say() -> None:
+    tests = Path(__file__).with_name("rules_test.yml")
+    done = subprocess.run(["promtool", "test", "rules", tests], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_tested_and_has_a_severity_and_a_runbook() -> None:
+    alerts = {rule["alert"]: rule for rule in rules() if "alert" in rule}
+    groups = yaml.safe_load(Path(__file__).with_name("rules_test.yml").read_text())["tests"]
+    tests = [test for group in groups for test in group.get("alert_rule_test", [])]
+    assert {test["alertname"] for test in tests if test["exp_alerts"]} == set(alerts)
+    for name, rule in alerts.items():
+        assert rule["labels"]["severity"] in ("page", "ticket")  # type: ignore[index]
+        assert rule["annotations"]["runbook"] == f"docs/operations.md#{name.lower()}"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("file", RULES, ids=lambda file: file.stem)
+@needs_promtool
+def test_promtool_accepts_the_rules(file: Path) -> None:
+    done = subprocess.run(["promtool", "check", "rules", file], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
