@@ -93,6 +93,14 @@ Weight: TypeAlias = Int4Weight | Int8Weight | Float16Weight
 
 
 @dataclass(frozen=True)
+class KVChannels:
+    """What a layer's int8-channel blocks need beside them, see `layout.py`. None goes with the other types."""
+
+    parameters: Array  # float32 layout.channels_shape
+    num_saturated: Array  # int64 (1,): grows by the values that saturate
+
+
+@dataclass(frozen=True)
 class AttentionBatch:
     """Which tokens of a step belong to which sequence, and where their keys and values live.
 
@@ -266,14 +274,23 @@ class Kernels(SamplingKernels, Protocol):
         x[i + D/2] cos + x[i] sin), i < D/2.
         """
 
-    def append_kv(self, qkv: Array, slots: Array, kv_cache: Array, layout: KVLayout) -> None:
+    def append_kv(
+        self, qkv: Array, slots: Array, kv_cache: Array, layout: KVLayout, channels: KVChannels | None = None
+    ) -> None:
         """Quantise k and v of each token of qkv and write them to slot slots[t] = block_id * 64 + offset, int64 (T,).
 
         kv_cache uint8 (num_blocks, num_kv_heads, layout.head_block_bytes), one layer, written in place.
         """
 
     def paged_attention(
-        self, qkv: Array, kv_cache: Array, batch: AttentionBatch, layout: KVLayout, *, mode: Mode
+        self,
+        qkv: Array,
+        kv_cache: Array,
+        batch: AttentionBatch,
+        layout: KVLayout,
+        channels: KVChannels | None = None,
+        *,
+        mode: Mode,
     ) -> Array:
         """Causal attention of this step's queries over the paged cache (this step's tokens were appended before), or
         over the last `batch.window` positions of it.
@@ -289,7 +306,16 @@ class Kernels(SamplingKernels, Protocol):
         Made on the device out of the batch's arrays, so that a captured step makes it anew each time.
         """
 
-    def attention(self, qkv: Array, kv_cache: Array, step: AttentionStep, layout: KVLayout, *, mode: Mode) -> Array:
+    def attention(
+        self,
+        qkv: Array,
+        kv_cache: Array,
+        step: AttentionStep,
+        layout: KVLayout,
+        channels: KVChannels | None = None,
+        *,
+        mode: Mode,
+    ) -> Array:
         """`rope`, then `append_kv`, then `paged_attention`, in as few kernels as possible. qkv may be overwritten.
 
         -> new (T, num_heads * D).

@@ -38,12 +38,19 @@ KV block
 --------
 A block holds BLOCK_SIZE tokens of one layer. Per (block, kv head), contiguous, with D = head_dim:
 
-    int8:  K int8 (64, D) | V int8 (64, D) | K (scale, zero) fp16 (64, 2) | V (scale, zero) fp16 (64, 2)
-    fp16:  K fp16 (64, D) | V fp16 (64, D)
+    int8:          K int8 (64, D) | V int8 (64, D) | K (scale, zero) fp16 (64, 2) | V (scale, zero) fp16 (64, 2)
+    int8-channel:  K int8 (64, D) | V int8 (64, D)
+    fp16:          K fp16 (64, D) | V fp16 (64, D)
 
-INT8 is asymmetric per token and head, K after RoPE: zero = (min + max) / 2, scale = (max - min) / 255, both rounded to
-fp16 first, then q = clamp(round((x - zero) / scale), -128, 127) with ties to even and q = 0 where scale is 0;
-x ~ q * scale + zero. A magnitude beyond fp16's 65504 saturates.
+INT8 is asymmetric, K after RoPE: zero = (min + max) / 2, scale = (max - min) / 255, then
+q = clamp(round((x - zero) / scale), -128, 127) with ties to even; x ~ q * scale + zero.
+
+int8 takes min and max over a token's head, and rounds zero and scale to fp16 first; q = 0 where scale is 0. A magnitude
+beyond fp16's 65504 saturates.
+
+int8-channel has the zeros and scales of each channel in the checkpoint: float32 (kv heads, K | V, scale | zero, D),
+scales above 0. A value beyond the range that they were made of saturates, and is counted: it rounds to less than -128
+or more than 128 (the range's upper end is at 127.5). NaN does so to -128: such blocks cannot say NaN.
 """
 
 from __future__ import annotations
@@ -61,6 +68,7 @@ GROUP_SIZES = (32, 64, 128)
 
 class KVDtype(StrEnum):
     INT8 = "int8"
+    INT8_CHANNEL = "int8-channel"
     FP16 = "fp16"
 
 
@@ -77,7 +85,13 @@ class KVLayout:
         """Bytes of one (block, kv head)."""
         if self.dtype is KVDtype.FP16:
             return 2 * BLOCK_SIZE * self.head_dim * 2
-        return 2 * BLOCK_SIZE * self.head_dim + 2 * BLOCK_SIZE * 4
+        parameter_bytes = 4 if self.dtype is KVDtype.INT8 else 0
+        return 2 * BLOCK_SIZE * (self.head_dim + parameter_bytes)
+
+    @property
+    def channels_shape(self) -> tuple[int, int, int, int]:
+        """Of the zeros and scales of int8-channel."""
+        return (self.num_kv_heads, 2, 2, self.head_dim)
 
     @property
     def block_bytes(self) -> int:

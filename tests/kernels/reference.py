@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from kv_channels import channel_parameters
 
 from nibble.kernels.interface import AttentionBatch
 from nibble.kernels.layout import BLOCK_SIZE, KVDtype, KVLayout
@@ -52,18 +53,34 @@ def quantize_token(x: np.ndarray) -> tuple[np.ndarray, np.float16, np.float16]:
     return np.clip(q, -128, 127).astype(np.int8), scale, zero
 
 
+def quantize_channels(x: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> tuple[np.ndarray, int]:
+    """One token and head of k or v by its channels: (q int8 (D,), how many saturate)."""
+    q = np.rint((x.astype(np.float32) - zero) / scale)
+    saturates = ~((q >= -128) & (q <= 128))
+    return np.clip(np.nan_to_num(q, nan=-128), -128, 127).astype(np.int8), int(saturates.sum())
+
+
 def _to_fp16(value: np.ndarray) -> np.ndarray:
     return np.clip(value, -FP16_MAX, FP16_MAX).astype(np.float16)
 
 
-def append_kv(qkv: np.ndarray, slots: np.ndarray, kv_cache: np.ndarray, layout: KVLayout) -> None:
+def append_kv(qkv: np.ndarray, slots: np.ndarray, kv_cache: np.ndarray, layout: KVLayout) -> int:
+    """With `channel_parameters` where the blocks want some. How many values saturated there."""
+    num_saturated = 0
     d, num_kv_heads = layout.head_dim, layout.num_kv_heads
     kv = qkv[:, -2 * num_kv_heads * d :].reshape(len(qkv), 2, num_kv_heads, d)
     for t, slot in enumerate(slots):
         block, offset = divmod(int(slot), BLOCK_SIZE)
         for which in range(2):
             for head in range(num_kv_heads):
-                _write_token(kv_cache[block, head], which, offset, kv[t, which, head], layout)
+                x, to = kv[t, which, head], kv_cache[block, head]
+                if layout.dtype is KVDtype.INT8_CHANNEL:
+                    q, count = quantize_channels(x, *channel_parameters(layout)[head, which])
+                    to[(which * BLOCK_SIZE + offset) * d :][:d] = q.view(np.uint8)
+                    num_saturated += count
+                else:
+                    _write_token(to, which, offset, x, layout)
+    return num_saturated
 
 
 def _write_token(block: np.ndarray, which: int, offset: int, x: np.ndarray, layout: KVLayout) -> None:
@@ -86,6 +103,9 @@ def read_kv(kv_cache: np.ndarray, layout: KVLayout) -> np.ndarray:
     if layout.dtype is KVDtype.FP16:
         return kv_cache.view(np.float16).astype(np.float64).reshape(shape)
     q = np.ascontiguousarray(kv_cache[..., : 2 * BLOCK_SIZE * d]).view(np.int8).astype(np.float64).reshape(shape)
+    if layout.dtype is KVDtype.INT8_CHANNEL:
+        scale, zero = channel_parameters(layout).astype(np.float64).transpose(2, 0, 1, 3)[..., None, :]
+        return q * scale + zero
     parameters = np.ascontiguousarray(kv_cache[..., 2 * BLOCK_SIZE * d :]).view(np.float16).astype(np.float64)
     parameters = parameters.reshape(*kv_cache.shape[:2], 2, BLOCK_SIZE, 2)
     return q * parameters[..., :1] + parameters[..., 1:]

@@ -53,6 +53,7 @@ from nibble.kernels.interface import (
     HostCopy,
     Int4Weight,
     Int8Weight,
+    KVChannels,
     Mode,
     Weight,
 )
@@ -256,18 +257,27 @@ class CPUKernels:
         function = rope.chunk_function.address
         rope.rope(self._pool, function, qkv, positions, self._address(table), layout.num_kv_heads, layout.head_dim)
 
-    def append_kv(self, qkv: Array, slots: Array, kv_cache: Array, layout: KVLayout) -> None:
-        function, is_float16 = append_kv.chunk_function.address, layout.dtype is KVDtype.FP16
-        append_kv.append_kv(
-            self._pool, function, qkv, slots, kv_cache, layout.num_kv_heads, layout.head_dim, is_float16
-        )
+    def append_kv(
+        self, qkv: Array, slots: Array, kv_cache: Array, layout: KVLayout, channels: KVChannels | None = None
+    ) -> None:
+        function, shape = append_kv.chunk_function.address, self._kv_shape(layout, channels)
+        num_saturated = append_kv.append_kv(self._pool, function, qkv, slots, kv_cache, *shape)
+        if channels is not None:
+            channels.num_saturated[0] += num_saturated
 
     def paged_attention(
-        self, qkv: Array, kv_cache: Array, batch: AttentionBatch, layout: KVLayout, *, mode: Mode
+        self,
+        qkv: Array,
+        kv_cache: Array,
+        batch: AttentionBatch,
+        layout: KVLayout,
+        channels: KVChannels | None = None,
+        *,
+        mode: Mode,
     ) -> Array:
         kv_columns = 2 * layout.num_kv_heads * layout.head_dim
         out = np.empty((len(qkv), qkv.shape[1] - kv_columns), np.float32)
-        shape = (layout.num_kv_heads, layout.head_dim, layout.dtype is KVDtype.FP16)
+        shape = self._kv_shape(layout, channels)
         sequences = (batch.query_starts, batch.context_lens, batch.block_tables, batch.window or 0)
         if mode is Mode.PREFILL and self._tile_config is not None and layout.head_dim % amx.TILE_DEPTH == 0:
             function, config = tile_attention.chunk_function.address, self._tile_config
@@ -280,10 +290,19 @@ class CPUKernels:
     def plan_attention(self, batch: AttentionBatch, layout: KVLayout, num_tokens: int, *, mode: Mode) -> Array | None:
         return None
 
-    def attention(self, qkv: Array, kv_cache: Array, step: AttentionStep, layout: KVLayout, *, mode: Mode) -> Array:
+    def attention(
+        self,
+        qkv: Array,
+        kv_cache: Array,
+        step: AttentionStep,
+        layout: KVLayout,
+        channels: KVChannels | None = None,
+        *,
+        mode: Mode,
+    ) -> Array:
         self.rope(qkv, step.positions, step.rope_table, layout)
-        self.append_kv(qkv, step.slots, kv_cache, layout)
-        return self.paged_attention(qkv, kv_cache, step.batch, layout, mode=mode)
+        self.append_kv(qkv, step.slots, kv_cache, layout, channels)
+        return self.paged_attention(qkv, kv_cache, step.batch, layout, channels, mode=mode)
 
     def silu_and_mul(self, gate_up: Array) -> Array:
         out = np.empty((len(gate_up), gate_up.shape[1] // 2), np.float32)
@@ -325,6 +344,14 @@ class CPUKernels:
             out,
         )
         return out
+
+    def _kv_shape(self, layout: KVLayout, channels: KVChannels | None) -> tuple[int, int, bool, int]:
+        """What the ops over KV blocks want to know of them."""
+        assert (layout.dtype is KVDtype.INT8_CHANNEL) == (channels is not None), "channels go with int8-channel blocks"
+        parameters = None if channels is None else channels.parameters
+        assert parameters is None or parameters.shape == layout.channels_shape, "the channels are of another layout"
+        is_float16 = layout.dtype is KVDtype.FP16
+        return layout.num_kv_heads, layout.head_dim, is_float16, self._optional_address(parameters)
 
     def _optional_address(self, array: Array | None) -> int:
         return 0 if array is None else self._address(array)

@@ -109,8 +109,8 @@ def _last_value(values, head_dim, token, is_float16, out):
 
 
 @inline_jit
-def unpack_parameters(parameters, count, is_float16, out):
-    """out fp32 (4, 64): K scales, K zeros, V scales, V zeros; 0 from `count` on, 1 and 0 for fp16 blocks."""
+def unpack_parameters(parameters, count, has_parameters, out):
+    """out fp32 (4, 64): K scales, K zeros, V scales, V zeros; 0 from `count` on, 1 and 0 for blocks without."""
     for which in range(2):
         scales = out + 2 * which * BLOCK_SIZE * 4
         zeros = scales + BLOCK_SIZE * 4
@@ -118,7 +118,7 @@ def unpack_parameters(parameters, count, is_float16, out):
             scale, zero = np.float32(0), np.float32(0)
             if t < count:
                 scale = np.float32(1)
-                if not is_float16:
+                if has_parameters:
                     place = parameters + (which * BLOCK_SIZE + t) * PARAMETER_BYTES
                     scale, zero = memory.float16_at(place), memory.float16_at(place + 2)
             memory.store_float32(scales + t * 4, scale)

@@ -33,7 +33,7 @@ from nibble.kernels.layout import BLOCK_SIZE
 
 SPLIT_TOKENS = 4 * BLOCK_SIZE
 TOKENS = LANES  # tokens whose scores make one vector
-NUM_ARGUMENTS = 16
+NUM_ARGUMENTS = 17
 PARAMETER_BYTES = 4  # (scale, zero) fp16
 MASKED = np.float32(simd.MASKED)
 
@@ -76,13 +76,21 @@ def weighted_sums(typingctx: Any, sums: Any, weights: Any, address: Any, stride:
 
 
 @inline_jit
-def _dequantize(values, parameters, count, head_dim, is_float16, out):
-    """out fp32 (16, D) = `count` tokens of K or V; the others are zero. All addresses."""
+def _dequantize(values, parameters, count, head_dim, is_float16, channels, out):
+    """out fp32 (16, D) = `count` tokens of K or V; the others are zero. All addresses.
+
+    channels: of their scales, then their zeros, or 0.
+    """
     for t in range(count):
         if is_float16:
             for i in range(0, head_dim, LANES):
                 memory.store(out + i * 4, memory.load_float16(values + i * 2))
             values += head_dim * 2
+        elif channels:
+            for i in range(0, head_dim, LANES):
+                scale, zero = memory.load(channels + i * 4), memory.load(channels + (head_dim + i) * 4)
+                memory.store(out + i * 4, simd.fma(memory.load_int8(values + i), scale, zero))
+            values += head_dim
         else:
             scale = simd.broadcast(memory.float16_at(parameters + t * PARAMETER_BYTES))
             zero = simd.broadcast(memory.float16_at(parameters + t * PARAMETER_BYTES + 2))
@@ -149,20 +157,22 @@ def _add_values(weights, values, group, head_dim, partial):
 
 
 @inline_jit
-def _block(q, head_block, first, count, group, head_dim, is_float16, scratch, scores, partial):
+def _block(q, head_block, first, count, group, head_dim, is_float16, channels, scratch, scores, partial):
     """One query row's `group` heads over the tokens from `first` to `count` of a block."""
+    value_channels = channels + 2 * head_dim * 4 if channels else 0
     token_bytes = head_dim * 2 if is_float16 else head_dim
     parameters = head_block + 2 * BLOCK_SIZE * head_dim
     for t in range(0, count, TOKENS):
         tokens = min(TOKENS, count - t)
         place = parameters + t * PARAMETER_BYTES
-        _dequantize(head_block + t * token_bytes, place, tokens, head_dim, is_float16, scratch)
+        _dequantize(head_block + t * token_bytes, place, tokens, head_dim, is_float16, channels, scratch)
         _scores(q, scratch, group, head_dim, scores + t * 4)
     _softmax(scores, first, count, group, head_dim, partial)
     for t in range(0, count, TOKENS):
         tokens = min(TOKENS, count - t)
         place = parameters + (BLOCK_SIZE + t) * PARAMETER_BYTES
-        _dequantize(head_block + (BLOCK_SIZE + t) * token_bytes, place, tokens, head_dim, is_float16, scratch)
+        values = head_block + (BLOCK_SIZE + t) * token_bytes
+        _dequantize(values, place, tokens, head_dim, is_float16, value_channels, scratch)
         _add_values(scores + t * 4, scratch, group, head_dim, partial)
 
 
@@ -184,12 +194,14 @@ def _split(a, row, split, head):
     item = memory.int64_at(a[12] + row * 8) + split - oldest // SPLIT_TOKENS
     partial = a[13] + (item * a[6] + head) * group * (head_dim * 4 + VECTOR_BYTES)
     _start(partial, group, head_dim)
+    channels = a[16] + head * 4 * head_dim * 4 if a[16] else 0
     start = max(split * SPLIT_TOKENS, oldest // BLOCK_SIZE * BLOCK_SIZE)
     for token in range(start, min((split + 1) * SPLIT_TOKENS, visible), BLOCK_SIZE):
         block = memory.int32_at(a[4] + (sequence * a[5] + token // BLOCK_SIZE) * 4)
         head_block = a[10] + (block * a[6] + head) * a[11]
         count = min(BLOCK_SIZE, visible - token)
-        _block(scaled_q, head_block, oldest - token, count, group, head_dim, is_float16, scratch, scores, partial)
+        first = oldest - token
+        _block(scaled_q, head_block, first, count, group, head_dim, is_float16, channels, scratch, scores, partial)
     memory.keep_alive(buffer)
 
 
@@ -266,9 +278,13 @@ def paged_attention(
     num_kv_heads,
     head_dim,
     is_float16,
+    channels,
     out,
 ):
-    """out (T, num_heads * D); kv_cache uint8 (num_blocks, num_kv_heads, bytes); window 0: none."""
+    """out (T, num_heads * D); kv_cache uint8 (num_blocks, num_kv_heads, bytes); window 0: none.
+
+    channels: the address of their parameters, or 0.
+    """
     num_rows, num_heads = out.shape[0], out.shape[1] // head_dim
     row_sequence, row_visible = np.empty(num_rows, np.int32), np.empty(num_rows, np.int32)
     _rows_of(query_starts, context_lens, row_sequence, row_visible)
@@ -289,6 +305,7 @@ def paged_attention(
     a[4], a[5], a[6], a[7] = block_tables.ctypes.data, block_tables.shape[1], num_kv_heads, group
     a[8], a[9], a[10], a[11] = head_dim, is_float16, kv_cache.ctypes.data, kv_cache.shape[2]
     a[12], a[13], a[14], a[15] = first_item.ctypes.data, partials.ctypes.data, item_row.ctypes.data, window
+    a[16] = channels
     run_job(pool, function, a.ctypes.data, num_items * num_kv_heads)
     for row in range(num_rows):
         for head in range(num_heads):

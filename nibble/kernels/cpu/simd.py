@@ -230,6 +230,18 @@ def zero_where_less(typingctx: Any, a: Any, b: Any, values: Any) -> Any:
     return vector(vector, vector, vector), codegen
 
 
+@intrinsic
+def count_outside(typingctx: Any, value: Any, low: Any, high: Any) -> Any:
+    """How many lanes are not in low .. high; a NaN is in no range."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value, low, high = args
+        outside = builder.or_(builder.fcmp_unordered("<", value, low), builder.fcmp_unordered(">", value, high))
+        return builder.zext(builder.ctpop(_lane_bits(builder, outside)), ir.IntType(64))
+
+    return types.int64(vector, vector, vector), codegen
+
+
 def _lane_bits(builder: Any, lanes: Any) -> Any:
     return builder.bitcast(lanes, I16)
 

@@ -2,9 +2,11 @@
 
 A work item is 32 queries of one sequence and one kv head; it walks the sequence's blocks in order with an online
 softmax ("FlashAttention", 2022). A block's keys and values become tiles once for all query heads of the kv head. INT8
-scales and zeros stay outside of the products, which then see exact integers (quantization.md):
-score = k_scale (q . k) + k_zero sum(q); the value's scale goes into the weight, its zero is summed apart. What is
-rounded to bf16 is q and the weight. Blocks lie at fixed positions, so a row's result does not depend on the chunk.
+scales and zeros stay outside of the products, which then see exact integers (quantization.md): score = k_scale (q . k)
++ k_zero sum(q); the value's scale goes into the weight, its zero is summed apart. What is rounded to bf16 is q and the
+weight. Scales of channels go into q and into the result, to which the values' zeros are added; the keys' zeros add the
+same to all of a query's scores, which softmax does not see. Blocks lie at fixed positions, so a row's result does not
+depend on the chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from nibble.kernels.cpu.vector_ir import LANES, VECTOR_BYTES
 from nibble.kernels.layout import BLOCK_SIZE
 
 QUERIES = 2 * amx.TILE
-NUM_ARGUMENTS = 17
+NUM_ARGUMENTS = 18
 MASKED = np.float32(simd.MASKED)
 LEAST_SCORE = np.float32(simd.MASKED / 2)
 NO_WINDOW = 1 << 40  # more than any context
@@ -34,8 +36,9 @@ def _aligned(buffer):
 
 
 @inline_jit
-def _load_queries(q, row_bytes, count, group, head_dim, rounded, state, totals):
-    """Queries / sqrt(D) in bf16 (group, 32, D), their sums, and empty totals; rows from `count` on are 0."""
+def _load_queries(q, row_bytes, count, group, head_dim, channels, rounded, state, totals):
+    """Queries / sqrt(D), times the keys' scales, in bf16 (group, 32, D), their sums, and empty totals; rows from
+    `count` on are 0."""
     factor = simd.broadcast(np.float32(1) / np.sqrt(np.float32(head_dim)))
     zero = simd.broadcast(np.float32(0))
     for head in range(group):
@@ -45,6 +48,8 @@ def _load_queries(q, row_bytes, count, group, head_dim, rounded, state, totals):
                 values = zero
                 if row < count:
                     values = memory.load(q + row * row_bytes + (head * head_dim + dim) * 4) * factor
+                    if channels:
+                        values = values * memory.load(channels + dim * 4)
                 amx.store_bfloat16(rounded, values)
                 q_sum = q_sum + amx.load_bfloat16(rounded)
                 memory.store(totals, zero)
@@ -128,7 +133,8 @@ def _block(
 
 
 @inline_jit
-def _store(totals, state, count, group, head_dim, out, row_bytes):
+def _store(totals, state, count, group, head_dim, channels, out, row_bytes):
+    """channels: the values' scales and zeros, or 0."""
     for head in range(group):
         for row in range(QUERIES):
             if row < count:
@@ -136,6 +142,9 @@ def _store(totals, state, count, group, head_dim, out, row_bytes):
                 zero_sum = simd.broadcast(memory.float32_at(state + 8))
                 for dim in range(0, head_dim, LANES):
                     value = (memory.load(totals + dim * 4) + zero_sum) / weight_sum
+                    if channels:
+                        scale, zero = memory.load(channels + dim * 4), memory.load(channels + (head_dim + dim) * 4)
+                        value = simd.fma(value, scale, zero)
                     memory.store(out + row * row_bytes + (head * head_dim + dim) * 4, value)
             totals += head_dim * 4
             state += ROW_STATE * 4
@@ -163,7 +172,9 @@ def _item(a, sequence, first_query, head):
     products = weights + QUERIES * BLOCK_SIZE * 2
     parameters = products + QUERIES * head_dim * 4
     q = a[0] + first_row * a[1] + head * group * head_dim * 4
-    _load_queries(q, a[1], count, group, head_dim, queries, state, totals)
+    key_channels = a[17] + head * 4 * head_dim * 4 if a[17] else 0
+    value_channels = key_channels + 2 * head_dim * 4 if a[17] else 0
+    _load_queries(q, a[1], count, group, head_dim, key_channels, queries, state, totals)
     oldest = max(0, first_position + 1 - a[16])
     for first_token in range(oldest // BLOCK_SIZE * BLOCK_SIZE, first_position + count, BLOCK_SIZE):
         block = memory.int32_at(a[4] + (sequence * a[5] + first_token // BLOCK_SIZE) * 4)
@@ -172,7 +183,7 @@ def _item(a, sequence, first_query, head):
         tokens = min(BLOCK_SIZE, context_len - first_token)
         unpack_keys(keys_at, head_dim, is_float16, keys)
         unpack_values(keys_at + block_bytes, head_dim, tokens, is_float16, values)
-        unpack_parameters(keys_at + 2 * block_bytes, tokens, is_float16, parameters)
+        unpack_parameters(keys_at + 2 * block_bytes, tokens, is_float16 == 0 and a[17] == 0, parameters)
         for h in range(group):
             _block(
                 queries + h * QUERIES * head_dim * 2,
@@ -189,7 +200,7 @@ def _item(a, sequence, first_query, head):
                 totals + h * QUERIES * head_dim * 4,
             )
     out = a[13] + first_row * a[14] + head * group * head_dim * 4
-    _store(totals, state, count, group, head_dim, out, a[14])
+    _store(totals, state, count, group, head_dim, value_channels, out, a[14])
     memory.keep_alive(buffer)
     memory.keep_alive(scratch)
 
@@ -222,6 +233,7 @@ def tile_attention(
     num_kv_heads,
     head_dim,
     is_float16,
+    channels,
     out,
 ):
     """As `paged_attention.paged_attention`; config is `amx.tile_config`'s."""
@@ -241,7 +253,7 @@ def tile_attention(
     a[7], a[8], a[9] = out.shape[1] // head_dim // num_kv_heads, head_dim, is_float16
     a[10], a[11], a[12] = kv_cache.ctypes.data, kv_cache.shape[2], items.ctypes.data
     a[13], a[14], a[15] = out.ctypes.data, out.shape[1] * 4, config.ctypes.data
-    a[16] = window if window else NO_WINDOW
+    a[16], a[17] = window if window else NO_WINDOW, channels
     run_job(pool, function, a.ctypes.data, num_items * num_kv_heads)
     memory.keep_alive(items)
     memory.keep_alive(a)

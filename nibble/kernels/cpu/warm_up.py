@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nibble.kernels.interface import AttentionBatch, Float16Weight, Int4Weight, Int8Weight, Kernels, Mode
+from nibble.kernels.interface import AttentionBatch, Float16Weight, Int4Weight, Int8Weight, Kernels, KVChannels, Mode
 from nibble.kernels.layout import KVDtype, KVLayout, int4_num_bytes
 from nibble.kernels.sampling import SamplingBatch
 
@@ -41,9 +41,12 @@ def _attend(kernels: Kernels, qkv: np.ndarray, layout: KVLayout, mode: Mode) -> 
     table = kernels.rope_table([1.0] * (layout.head_dim // 2), NUM_TOKENS, 1.0)
     kv_cache = kernels.zeros((1, layout.num_kv_heads, layout.head_block_bytes), np.uint8)
     ones = np.ones(layout.head_dim, np.float32)
+    channels = None
+    if layout.dtype is KVDtype.INT8_CHANNEL:
+        channels = KVChannels(np.ones(layout.channels_shape, np.float32), np.zeros(1, np.int64))
     kernels.norm_heads(qkv, ones, ones, 1e-5, layout)
     kernels.rope(qkv, positions, table, layout)
-    kernels.append_kv(qkv, positions.astype(np.int64), kv_cache, layout)
+    kernels.append_kv(qkv, positions.astype(np.int64), kv_cache, layout, channels)
     starts, lens = np.array([0, NUM_TOKENS], np.int32), np.array([NUM_TOKENS], np.int32)
     batch = AttentionBatch(starts, lens, np.zeros((1, 1), np.int32))
-    kernels.paged_attention(qkv, kv_cache, batch, layout, mode=mode)
+    kernels.paged_attention(qkv, kv_cache, batch, layout, channels, mode=mode)

@@ -7,10 +7,13 @@ import numpy as np
 
 from nibble.kernels.cuda.compile import Defines
 from nibble.kernels.cuda.device import Device
-from nibble.kernels.cuda.rope import BLOCK, HEAD_DIMS, check_table, defines, num_query_heads
-from nibble.kernels.layout import KVLayout
+from nibble.kernels.cuda.rope import BLOCK, HEAD_DIMS, KV_TYPES, check_table, defines, num_query_heads
+from nibble.kernels.interface import KVChannels
+from nibble.kernels.layout import KVDtype, KVLayout
 
-VARIANTS: tuple[Defines, ...] = tuple((("HEAD_DIM", d), ("KV_FP16", f)) for d in HEAD_DIMS for f in (0, 1))
+VARIANTS: tuple[Defines, ...] = tuple(
+    (("HEAD_DIM", d), ("KV_TYPE", kind)) for d in HEAD_DIMS for kind in KV_TYPES.values()
+)
 
 
 def check_cache(kv_cache: cupy.ndarray, layout: KVLayout) -> None:
@@ -20,13 +23,41 @@ def check_cache(kv_cache: cupy.ndarray, layout: KVLayout) -> None:
     assert kv_cache.shape[1:] == expected, f"the cache's blocks are {kv_cache.shape[1:]}, expected {expected}"
 
 
-def append_kv(device: Device, qkv: cupy.ndarray, slots: cupy.ndarray, kv_cache: cupy.ndarray, layout: KVLayout) -> None:
+def channel_arrays(
+    channels: KVChannels | None, layout: KVLayout
+) -> tuple[cupy.ndarray, cupy.ndarray] | tuple[None, None]:
+    """What a kernel gets of them: parameters and counter, or nothing where the blocks want none."""
+    assert (layout.dtype is KVDtype.INT8_CHANNEL) == (channels is not None), "channels go with int8-channel blocks"
+    if channels is None:
+        return None, None
+    parameters, count = channels.parameters, channels.num_saturated
+    expected = (layout.channels_shape, np.float32)
+    assert (parameters.shape, parameters.dtype) == expected, f"channels are {parameters.dtype} {parameters.shape}"
+    assert (count.shape, count.dtype) == ((1,), np.int64), "num_saturated must be int64 (1,)"
+    return parameters, count
+
+
+def append_kv(
+    device: Device,
+    qkv: cupy.ndarray,
+    slots: cupy.ndarray,
+    kv_cache: cupy.ndarray,
+    layout: KVLayout,
+    channels: KVChannels | None = None,
+) -> None:
     """See `Kernels.append_kv`; qkv is float16. A slot below 0 is skipped."""
     num_heads = num_query_heads(qkv, layout)
     check_cache(kv_cache, layout)
     assert (slots.shape, slots.dtype) == ((len(qkv),), np.int64), "slots must be int64 (T,)"
     device.kernel("append_kv", "append_kv", defines(layout)).launch(
-        (len(qkv), 1, 1), BLOCK, qkv, slots, kv_cache, np.int32(num_heads), np.int32(layout.num_kv_heads)
+        (len(qkv), 1, 1),
+        BLOCK,
+        qkv,
+        slots,
+        kv_cache,
+        *channel_arrays(channels, layout),
+        np.int32(num_heads),
+        np.int32(layout.num_kv_heads),
     )
 
 
@@ -38,6 +69,7 @@ def rope_append_kv(
     table: cupy.ndarray,
     kv_cache: cupy.ndarray,
     layout: KVLayout,
+    channels: KVChannels | None = None,
 ) -> None:
     """`rope`, then `append_kv`; of qkv only q is rotated in place, k goes to the cache alone."""
     num_heads = num_query_heads(qkv, layout)
@@ -53,6 +85,7 @@ def rope_append_kv(
         slots,
         table,
         kv_cache,
+        *channel_arrays(channels, layout),
         np.int32(num_heads),
         np.int32(layout.num_kv_heads),
     )

@@ -1,19 +1,22 @@
 // What the attention kernels share: the KV block, its INT8 numbers, rotation and quantisation of one head's row, where
-// 16-byte pieces lie in shared memory, how work is cut. Needs -DHEAD_DIM and -DKV_FP16 (0: INT8 blocks, 1: fp16).
+// 16-byte pieces lie in shared memory, how work is cut. Needs -DHEAD_DIM and -DKV_TYPE, of the
+// blocks (0: INT8, 1: fp16, 2: INT8 by channel).
 #pragma once
 #include "common.cuh"
 
 constexpr int D = HEAD_DIM;
-constexpr bool IS_FP16 = KV_FP16;
+constexpr bool IS_FP16 = KV_TYPE == 1;
+constexpr bool HAS_TOKEN_SCALES = KV_TYPE == 0;  // (scale, zero) of each token's key and value, in the block
+constexpr bool HAS_CHANNELS = KV_TYPE == 2;
 static_assert(D % 32 == 0 && D >= 64 && D <= 256, "head_dim");
 
 // ---- the KV block of one kv head, see layout.py -------------------------------------------------------------------------
 
 constexpr int ROW_BYTES = IS_FP16 ? 2 * D : D;  // one token's key or value
 constexpr int VALUES_START = BLOCK_TOKENS * ROW_BYTES;
-constexpr int KEY_PARAMETERS = 2 * BLOCK_TOKENS * D;  // INT8 only: (scale, zero) per token
+constexpr int KEY_PARAMETERS = 2 * BLOCK_TOKENS * D;  // (scale, zero) per token
 constexpr int VALUE_PARAMETERS = KEY_PARAMETERS + BLOCK_TOKENS * 4;
-constexpr int HEAD_BLOCK_BYTES = IS_FP16 ? 2 * VALUES_START : VALUE_PARAMETERS + BLOCK_TOKENS * 4;
+constexpr int HEAD_BLOCK_BYTES = HAS_TOKEN_SCALES ? VALUE_PARAMETERS + BLOCK_TOKENS * 4 : 2 * VALUES_START;
 
 // ---- rows of keys and values in shared memory ------------------------------------------------------------------------------
 // A row is cut into pieces of 16 bytes, permuted or padded so that the same piece of 8 consecutive rows lies in 8
@@ -168,6 +171,18 @@ struct HeadRow {
         for (int j = 0; j < LANE_UNITS; j++) low[j] = high[j] = 0;
     }
 
+    // By a number for each of D channels
+    __device__ __forceinline__ void multiply(const float* factors) {
+#pragma unroll
+        for (int j = 0; j < LANE_UNITS; j++) {
+            if (!has(j)) continue;
+            float2 of_low = *reinterpret_cast<const float2*>(factors + 2 * unit(j));
+            float2 of_high = *reinterpret_cast<const float2*>(factors + HALF + 2 * unit(j));
+            low[j] = floats_to_half2(low_half(low[j]) * of_low.x, high_half(low[j]) * of_low.y);
+            high[j] = floats_to_half2(low_half(high[j]) * of_high.x, high_half(high[j]) * of_high.y);
+        }
+    }
+
     // Of this lane's elements
     __device__ __forceinline__ float sum() const {
         float sum = 0.0f;
@@ -202,9 +217,12 @@ DEVICE uint32 quantize_one(float x, float zero, float scale) {
     return uint32(int(fminf(fmaxf(q, -128.0f), 127.0f))) & 0xff;
 }
 
-struct QuantizedRow {
+struct ByteRow {
     uint32 low[LANE_UNITS], high[LANE_UNITS];  // two bytes each, at elements 2u and D / 2 + 2u
-    uint32 parameters;                         // (scale, zero) fp16, the same in all lanes
+};
+
+struct QuantizedRow : ByteRow {
+    uint32 parameters;  // (scale, zero) fp16, the same in all lanes
 
     // The formula of layout.py. A row with an infinity or a NaN gets NaN parameters: whoever attends to it then gets
     // NaN, which sampling detects.
@@ -240,6 +258,54 @@ struct QuantizedRow {
     }
 };
 
+// ---- INT8 by channel ---------------------------------------------------------------------------------------------------------
+// scores: q k = sum_c (q_c scale_c) k8_c + sum_c q_c zero_c, of which the second sum is the same for all of a query's keys
+// and drops out of softmax. Results: out_c = scale_c (sum_p w_p v8_pc) / sum_p w_p + zero_c.
+
+constexpr int CHANNEL_FLOATS = 4 * D;  // of a kv head: the keys' scales, zeros, the values' scales, zeros
+
+struct Channels {
+    const float* parameters;  // float32 (kv heads, 4, D)
+    uint64* num_saturated;
+
+    // which: 0 keys, 1 values. Their scales, then their zeros
+    __device__ __forceinline__ const float* of(int kv_head, int which) const {
+        return parameters + kv_head * CHANNEL_FLOATS + which * 2 * D;
+    }
+
+    // All lanes of a warp, each with its count
+    __device__ __forceinline__ void count(int saturated) const {
+        saturated = __reduce_add_sync(FULL_WARP, saturated);
+        if (saturated != 0 && threadIdx.x % WARP == 0) atomicAdd(num_saturated, saturated);
+    }
+};
+
+struct ChannelRow : ByteRow {
+    int num_saturated = 0;  // of this lane's elements
+
+    // scales, then zeros
+    __device__ __forceinline__ ChannelRow(const HeadRow& row, const float* parameters) {
+#pragma unroll
+        for (int j = 0; j < LANE_UNITS; j++) {
+            if (!HeadRow::has(j)) continue;
+            low[j] = quantize_pair(row.low[j], parameters + 2 * HeadRow::unit(j));
+            high[j] = quantize_pair(row.high[j], parameters + HALF + 2 * HeadRow::unit(j));
+        }
+    }
+
+    __device__ __forceinline__ uint32 quantize_pair(uint32 pair, const float* parameters) {
+        float2 scale = *reinterpret_cast<const float2*>(parameters);
+        float2 zero = *reinterpret_cast<const float2*>(parameters + D);
+        return quantize(low_half(pair), scale.x, zero.x) | quantize(high_half(pair), scale.y, zero.y) << 8;
+    }
+
+    __device__ __forceinline__ uint32 quantize(float x, float scale, float zero) {
+        float q = rintf(__fdiv_rn(__fsub_rn(x, zero), scale));
+        num_saturated += !(q >= -128.0f && q <= 128.0f);
+        return uint32(int(fminf(fmaxf(q, -128.0f), 127.0f))) & 0xff;
+    }
+};
+
 // A row as it lies in the cache, to wherever `place(byte)` says that byte of the row goes
 template <typename Place>
 DEVICE void store_cached_row(const HeadRow& row, Place place) {
@@ -252,7 +318,7 @@ DEVICE void store_cached_row(const HeadRow& row, Place place) {
 }
 
 template <typename Place>
-DEVICE void store_cached_row(const QuantizedRow& row, Place place) {
+DEVICE void store_cached_row(const ByteRow& row, Place place) {
 #pragma unroll
     for (int j = 0; j < LANE_UNITS; j++) {
         if (!HeadRow::has(j)) continue;

@@ -11,7 +11,7 @@ from nibble.kernels.cuda.attention_plan import plan_attention
 from nibble.kernels.cuda.attention_prefill import attention_prefill
 from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.rope import check_table
-from nibble.kernels.interface import AttentionBatch, AttentionStep, Mode
+from nibble.kernels.interface import AttentionBatch, AttentionStep, KVChannels, Mode
 from nibble.kernels.layout import KVDtype, KVLayout
 
 __all__ = ["attention", "paged_attention", "plan_attention"]
@@ -22,7 +22,13 @@ MAX_FUSED_ROW_BYTES = 256
 
 
 def attention(
-    device: Device, qkv: cupy.ndarray, kv_cache: cupy.ndarray, step: AttentionStep, layout: KVLayout, mode: Mode
+    device: Device,
+    qkv: cupy.ndarray,
+    kv_cache: cupy.ndarray,
+    step: AttentionStep,
+    layout: KVLayout,
+    channels: KVChannels | None,
+    mode: Mode,
 ) -> cupy.ndarray:
     """See `Kernels.attention`. One kernel where each sequence has one query and decodes, otherwise two.
 
@@ -36,16 +42,24 @@ def attention(
         assert (step.slots.shape, step.slots.dtype) == ((len(qkv),), np.int64), "slots must be int64 (T,)"
         assert (step.positions.shape, step.positions.dtype) == ((len(qkv),), np.int32), "positions must be int32 (T,)"
         check_table(step.rope_table, layout)
-        return attention_decode(device, qkv, kv_cache, step.batch, step.plan, layout, step.rope_table, step.positions)
-    rope_append_kv(device, qkv, step.positions, step.slots, step.rope_table, kv_cache, layout)
+        return attention_decode(
+            device, qkv, kv_cache, step.batch, step.plan, layout, channels, step.rope_table, step.positions
+        )
+    rope_append_kv(device, qkv, step.positions, step.slots, step.rope_table, kv_cache, layout, channels)
     attend = attention_decode if mode is Mode.DECODE else attention_prefill
-    return attend(device, qkv, kv_cache, step.batch, step.plan, layout)
+    return attend(device, qkv, kv_cache, step.batch, step.plan, layout, channels)
 
 
 def paged_attention(
-    device: Device, qkv: cupy.ndarray, kv_cache: cupy.ndarray, batch: AttentionBatch, layout: KVLayout, mode: Mode
+    device: Device,
+    qkv: cupy.ndarray,
+    kv_cache: cupy.ndarray,
+    batch: AttentionBatch,
+    layout: KVLayout,
+    channels: KVChannels | None,
+    mode: Mode,
 ) -> cupy.ndarray:
     """See `Kernels.paged_attention`."""
     plan = plan_attention(device, batch, layout, len(qkv), mode)
     attend = attention_decode if mode is Mode.DECODE else attention_prefill
-    return attend(device, qkv, kv_cache, batch, plan, layout)
+    return attend(device, qkv, kv_cache, batch, plan, layout, channels)

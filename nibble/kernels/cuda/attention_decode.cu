@@ -17,6 +17,7 @@
 //            q k_p = scale_p (q k8_p) + zero_p sum(q). Softmax weights times the value's scale go to shared memory.
 //   values:  a warp has 16 of the D dimensions: out^T (dims x heads) += V^T (A operand) weights^T (B operand).
 //            sum_p w_p zero_p is the same for all dimensions and is added at the end.
+//   INT8 by channel (attention.cuh): the keys' scales go into q, the values' scales and zeros into the results.
 //
 // ldmatrix moves 16-bit units. Of INT8 keys a thread so gets 4 neighbouring bytes of a row, where the product wants 2
 // and 2: q's elements are permuted alike, (0, 2), (1, 3) of each 4. Of INT8 values (transposed) it gets 2 neighbouring
@@ -83,7 +84,7 @@ struct Computer {
         state.raise_maxima(scores);
         new_token.place_value_parameters(scales.bytes());
         state.weigh(scales.bytes(), count, scores);
-        if constexpr (!IS_FP16) {
+        if constexpr (HAS_TOKEN_SCALES) {
             arrive(scales.free());
             scales.advance();
         }
@@ -115,12 +116,13 @@ struct Computer {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     attention_decode(const uint16* qkv, uint8* kv_cache, const int* block_tables, const float* table,
                      const int* positions, int* plan, float* records, uint16* out, int num_counters, int window,
-                     int num_heads, int num_kv_heads, int share_records) {
+                     int num_heads, int num_kv_heads, int share_records, const float* channels,
+                     uint64* num_saturated) {
     grid_launch_dependents();
     init_barriers();
     __syncthreads();
-    Arguments a = {qkv, kv_cache,     block_tables, table,     positions,    plan,         records,
-                   out, num_counters, window,       num_heads, num_kv_heads, share_records};
+    Arguments a = {qkv, kv_cache,     block_tables, table,     positions,    plan,          records,
+                   out, num_counters, window,       num_heads, num_kv_heads, share_records, {channels, num_saturated}};
     // Without a table the kernel just before has written to the cache. Otherwise nobody has since the plan was made, and
     // plan and cache can be read at once (see attention_plan.cu).
     if (table == nullptr) grid_wait();

@@ -26,17 +26,19 @@ using Rows = SharedRows<ROW_BYTES>;
 constexpr int STAGE_BYTES = STAGE * Rows::STRIDE;
 
 // With a group's keys come the (scale, zero) of its keys and values
-constexpr int PARAMETER_BYTES = IS_FP16 ? 0 : GROUP * 4;
+constexpr int PARAMETER_BYTES = HAS_TOKEN_SCALES ? GROUP * 4 : 0;
 constexpr int SCALES_BYTES = 2 * PARAMETER_BYTES;
 
-// What a piece of work has beside keys and values: q, the rope table's row, the new token's k and v, the piece itself
+// What a piece of work has beside keys and values: q, the rope table's row, the new token's k and v, the piece itself,
+// its kv head's channels
 constexpr int Q_STRIDE = 2 * D + 32;  // bytes; shifts each head by 8 banks
 constexpr int SIDE_TABLE = HEADS * Q_STRIDE;
 constexpr int SIDE_KEY = SIDE_TABLE + D * 4;
 constexpr int SIDE_VALUE = SIDE_KEY + 2 * D;
 constexpr int SIDE_PIECE = SIDE_VALUE + 2 * D;
 constexpr int SIDE_PARAMETERS = SIDE_PIECE + 32;  // (scale, zero) of the new token's k and v
-constexpr int SIDE_BYTES = SIDE_PARAMETERS + 16;
+constexpr int SIDE_CHANNELS = SIDE_PARAMETERS + 16;
+constexpr int SIDE_BYTES = SIDE_CHANNELS + (HAS_CHANNELS ? CHANNEL_FLOATS * 4 : 0);
 
 constexpr int WEIGHT_STRIDE = GROUP * 2 + 16;  // bytes of a head's weights; shifts each head by 4 banks
 constexpr int WEIGHTS = 0;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import cupy
 import numpy as np
 
-from nibble.kernels.cuda.append_kv import check_cache
+from nibble.kernels.cuda.append_kv import channel_arrays, check_cache
 from nibble.kernels.cuda.attention_plan import (
     HEADS_PER_TILE,
     ROWS_PER_PLAN,
@@ -16,11 +16,13 @@ from nibble.kernels.cuda.attention_plan import (
 )
 from nibble.kernels.cuda.compile import Defines
 from nibble.kernels.cuda.device import Device
-from nibble.kernels.cuda.rope import HEAD_DIMS, defines, num_query_heads
-from nibble.kernels.interface import AttentionBatch
+from nibble.kernels.cuda.rope import HEAD_DIMS, KV_TYPES, defines, num_query_heads
+from nibble.kernels.interface import AttentionBatch, KVChannels
 from nibble.kernels.layout import KVLayout
 
-VARIANTS: tuple[Defines, ...] = tuple((("HEAD_DIM", d), ("KV_FP16", f)) for d in HEAD_DIMS for f in (0, 1))
+VARIANTS: tuple[Defines, ...] = tuple(
+    (("HEAD_DIM", d), ("KV_TYPE", kind)) for d in HEAD_DIMS for kind in KV_TYPES.values()
+)
 
 BLOCK = 320  # eight warps that compute, two that copy
 SHARED_BYTES = 113 * 1024
@@ -39,6 +41,7 @@ def attention_decode(
     batch: AttentionBatch,
     plan: cupy.ndarray,
     layout: KVLayout,
+    channels: KVChannels | None = None,
     table: cupy.ndarray | None = None,
     positions: cupy.ndarray | None = None,
 ) -> cupy.ndarray:
@@ -69,6 +72,7 @@ def attention_decode(
             np.int32(num_heads),
             np.int32(layout.num_kv_heads),
             np.int32(share_records),
+            *channel_arrays(channels, layout),
             shared_bytes=SHARED_BYTES if has_large_shared_memory(device) else SMALL_SHARED_BYTES,
         )
     return out

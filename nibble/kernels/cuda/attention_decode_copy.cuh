@@ -39,6 +39,8 @@ struct SideCopier {
         }
         if (a.table != nullptr && piece.context > 0)
             copy_pieces(to + SIDE_TABLE, a.table + int64(__ldcg(a.positions + piece.row)) * D, D * 4 / PIECE);
+        if constexpr (HAS_CHANNELS)
+            copy_pieces(to + SIDE_CHANNELS, a.channels.of(tile.kv_head, 0), CHANNEL_FLOATS * 4 / PIECE);
         grid_wait();
         const uint16* row = a.qkv + int64(piece.row) * a.row_size();
         const uint16* q = row + tile.first_head * D;
@@ -79,7 +81,7 @@ struct CacheCopier {
             int block = next;
             next = block_of_lane(a, piece, at + GROUP, end);
             int used = min(GROUP, end - at), cached = used - piece.has_new_token(a, at);
-            if constexpr (!IS_FP16) {
+            if constexpr (HAS_TOKEN_SCALES) {
                 wait_barrier(scales.free(), scales.parity ^ 1);
                 copy_parameters(a, tile, block, cached);
                 scales.advance();

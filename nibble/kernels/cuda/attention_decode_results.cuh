@@ -154,6 +154,22 @@ DEVICE bool is_last(const Arguments& a, const Piece& piece) {
     return *flag;
 }
 
+// Scales and zeros of the values of this thread's dimensions, two of each of its tiles
+struct ValueChannels {
+    float2 scale[WARP_DIM_TILES], zero[WARP_DIM_TILES];
+
+    __device__ __forceinline__ ValueChannels(const Channels& channels, int kv_head) {
+        if constexpr (!HAS_CHANNELS) return;
+        const float* values = channels.of(kv_head, 1) + threadIdx.x % WARP / 4 * 2;
+#pragma unroll
+        for (int i = 0; i < WARP_DIM_TILES; i++) {
+            int first = (threadIdx.x / WARP % DIM_TILES + i * WARPS) * 16;
+            scale[i] = *reinterpret_cast<const float2*>(values + first);
+            zero[i] = *reinterpret_cast<const float2*>(values + D + first);
+        }
+    }
+};
+
 DEVICE float inverse_or_zero(float total) { return total == 0.0f ? 0.0f : 1.0f / total; }
 
 // Sums over the warps that shared the tokens, and the results: fp16, to the row's heads of the tile
@@ -161,6 +177,7 @@ DEVICE void store_results(const Arguments& a, const HeadTile& tile, const Piece&
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     float* sums = reinterpret_cast<float*>(shared + SUMS);
     float4* parts = reinterpret_cast<float4*>(shared + PARTS);
+    ValueChannels channels(a.channels, tile.kv_head);  // under way while the warps wait for each other
     float4 part = make_float4(row.acc[0][0], row.acc[0][1], row.acc[0][2], row.acc[0][3]);
     if (g < 4) sums[(warp * 4 + t) * 4 + g] = row.sum;
     if (TOKEN_PARTS == 2 && warp >= DIM_TILES) parts[(warp - DIM_TILES) * WARP + lane] = part;
@@ -184,6 +201,10 @@ DEVICE void store_results(const Arguments& a, const HeadTile& tile, const Piece&
             float inverse = inverse_or_zero(total[j]);
             float first = (row.acc[i][j] + others[j] + zeros[j]) * inverse;
             float second = (row.acc[i][2 + j] + others[2 + j] + zeros[j]) * inverse;
+            if (HAS_CHANNELS && total[j] != 0.0f) {
+                first = fmaf(first, channels.scale[i].x, channels.zero[i].x);
+                second = fmaf(second, channels.scale[i].y, channels.zero[i].y);
+            }
             uint16* at = out + (2 * t + j) * D + (warp + i * WARPS) * 16;
             if constexpr (IS_FP16) {
                 at[g] = float_to_half(first);

@@ -4,7 +4,7 @@
 #include "attention_decode_work.cuh"
 
 // q of a tile's heads in the side becomes the B operand: rotated, for INT8 keys permuted (each 4 elements as 0, 2, 1, 3);
-// q's sums. Each warp has one head; a barrier must follow.
+// q's sums, or times the keys' scales. Each warp has one head; a barrier must follow.
 DEVICE void prepare_queries(const Arguments& a, const HeadTile& tile, uint8* side) {
     int head = threadIdx.x / WARP;
     uint16* at = reinterpret_cast<uint16*>(side + head * Q_STRIDE);
@@ -12,11 +12,14 @@ DEVICE void prepare_queries(const Arguments& a, const HeadTile& tile, uint8* sid
     row.load(at);
     if (head >= tile.num_heads) row.clear();
     if (a.table != nullptr) row.rotate_all(reinterpret_cast<const float*>(side + SIDE_TABLE));
+    if constexpr (HAS_CHANNELS) row.multiply(reinterpret_cast<const float*>(side + SIDE_CHANNELS));
     __syncwarp();
     if constexpr (IS_FP16) {
         row.store(at);
     } else {
         row.store_permuted(at);
+    }
+    if constexpr (HAS_TOKEN_SCALES) {
         float sum = warp_sum(row.sum());
         if (threadIdx.x % WARP == 0) reinterpret_cast<float*>(shared + Q_SUMS)[head] = sum;
     }
@@ -103,7 +106,7 @@ struct State {
     static __device__ __forceinline__ void scale(const uint8* scales, int token, int oldest, int count, float2 q_sums,
                                                  float& first, float& second) {
         float scale = SCORE_SCALE;
-        if constexpr (IS_FP16) {
+        if constexpr (!HAS_TOKEN_SCALES) {
             first *= scale;
             second *= scale;
         } else {
@@ -172,7 +175,7 @@ struct State {
             for (int r = 0; r < 2; r++) {
                 int token = (warp + i * WARPS) * 16 + 8 * r + g;
                 float scale = 1.0f, zero = 0.0f;
-                if constexpr (!IS_FP16) {
+                if constexpr (HAS_TOKEN_SCALES) {
                     uint32 parameters = reinterpret_cast<const uint32*>(scales + PARAMETER_BYTES)[token];
                     parameters = token < count ? parameters : 0;  // what is there may be NaN
                     scale = low_half(parameters);

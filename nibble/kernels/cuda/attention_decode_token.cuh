@@ -13,10 +13,11 @@ struct NewTokenMaker {
     uint8* side;
     uint8* head_block;  // in the cache, or null: another tile appends
     int offset;         // in the block
+    Channels channels;
 
     __device__ __forceinline__ NewTokenMaker(const Arguments& a, const HeadTile& tile, const Piece& piece, int block,
                                              uint8* side)
-        : side(side), head_block(nullptr), offset((piece.context - 1) % BLOCK_TOKENS) {
+        : side(side), head_block(nullptr), offset((piece.context - 1) % BLOCK_TOKENS), channels(a.channels) {
         if (tile.appends(a)) head_block = a.kv_cache + (int64(block) * a.num_kv_heads + tile.kv_head) * HEAD_BLOCK_BYTES;
     }
 
@@ -29,6 +30,10 @@ struct NewTokenMaker {
         if (which == 0) row.rotate_all(reinterpret_cast<const float*>(side + SIDE_TABLE));
         if constexpr (IS_FP16) {
             write(row, at, which);
+        } else if constexpr (HAS_CHANNELS) {
+            ChannelRow quantized(row, reinterpret_cast<const float*>(side + SIDE_CHANNELS) + which * 2 * D);
+            write(quantized, at, which);
+            if (head_block != nullptr) channels.count(quantized.num_saturated);
         } else {
             QuantizedRow quantized(row);
             write(quantized, at, which);
@@ -69,7 +74,7 @@ struct NewToken {
 
     // The warp that has its tile, before it weighs the scores
     __device__ __forceinline__ void place_value_parameters(uint8* scales) const {
-        if (IS_FP16 || token < 0 || token / 16 % WARPS != threadIdx.x / WARP) return;
+        if (!HAS_TOKEN_SCALES || token < 0 || token / 16 % WARPS != threadIdx.x / WARP) return;
         wait_barrier(side.has_new(1), side.parity);
         copy_parameters(scales, 1);
         __syncwarp();
@@ -91,7 +96,7 @@ struct NewToken {
     }
 
     __device__ __forceinline__ void copy_parameters(uint8* scales, int which) const {
-        if (IS_FP16 || threadIdx.x % WARP != 0) return;
+        if (!HAS_TOKEN_SCALES || threadIdx.x % WARP != 0) return;
         reinterpret_cast<uint32*>(scales + which * PARAMETER_BYTES)[token] =
             reinterpret_cast<const uint32*>(side.bytes() + SIDE_PARAMETERS)[which];
     }

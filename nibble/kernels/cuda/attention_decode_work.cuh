@@ -16,6 +16,7 @@ struct Arguments {
     float* records;
     uint16* out;
     int num_counters, window, num_heads, num_kv_heads, share_records;
+    Channels channels;
 
     __device__ __forceinline__ int group_size() const { return num_heads / num_kv_heads; }
     __device__ __forceinline__ int tiles() const { return (group_size() + HEADS - 1) / HEADS; }

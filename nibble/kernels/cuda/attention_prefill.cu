@@ -14,7 +14,7 @@
 //
 // Keys and values are taken KEYS tokens at a time from position 0 on, in order: a row's additions do not depend on how
 // the prompt was cut into chunks, and rows that a tile's later keys are masked for multiply by exactly 1 and add 0.
-// INT8 becomes fp16 (q scale + zero, rounded once) in shared memory, once per thread block: each thread converts the
+// INT8 becomes fp16 (q scale + zero, rounded once; by channel, q alone: see attention.cuh) in shared memory, once per thread block: each thread converts the
 // 16-byte pieces that it has itself copied, so only the finished tile needs a barrier, one per tile. Two fp16 tiles
 // take turns; half of the warps convert the next one before their products and half after, so that the tensor cores
 // have work meanwhile.
@@ -50,7 +50,7 @@ constexpr int RAW_PIECES = KEYS * ROW_BYTES / PIECE;  // of keys, and as many of
 constexpr int THREAD_PIECES = (RAW_PIECES + THREADS - 1) / THREADS;
 constexpr int RAW_BYTES = IS_FP16 ? 0 : 2 * THREAD_PIECES * THREADS * PIECE;
 constexpr int RAW_PARAMETERS = RAW + RAW_BYTES;  // (scale, zero) of each piece's row
-constexpr int RAW_PARAMETER_BYTES = RAW_BYTES / 4;
+constexpr int RAW_PARAMETER_BYTES = HAS_TOKEN_SCALES ? RAW_BYTES / 4 : 0;
 static_assert(RAW_PARAMETERS + RAW_PARAMETER_BYTES <= SHARED_BYTES, "too much shared memory");
 
 extern __shared__ __align__(128) uint8 shared[];
@@ -105,8 +105,10 @@ struct Converter {
                 if (is_there)
                     copy_16_async(shared_address(shared + RAW + raw_index(which, i) * PIECE),
                                   block + which * VALUES_START + token * ROW_BYTES + piece * PIECE);
-                // Past the end scale and zero are 0, and so is what bytes become
-                copy_4_async(shared_address(shared + RAW_PARAMETERS + raw_index(which, i) * 4),
+                // Past the end scale and zero are 0, and so is what bytes become. By channel it is what lay there before:
+                // it has no weight, and is finite.
+                if constexpr (HAS_TOKEN_SCALES)
+                    copy_4_async(shared_address(shared + RAW_PARAMETERS + raw_index(which, i) * 4),
                              block + KEY_PARAMETERS + (which * BLOCK_TOKENS + token) * 4, is_there);
             }
         commit_copies();
@@ -121,7 +123,9 @@ struct Converter {
                 int row, piece;
                 if (!piece_of(i, row, piece)) continue;
                 uint4 bytes = *reinterpret_cast<const uint4*>(shared + RAW + raw_index(which, i) * PIECE);
-                uint32 parameters = *reinterpret_cast<const uint32*>(shared + RAW_PARAMETERS + raw_index(which, i) * 4);
+                uint32 parameters = 0;
+                if constexpr (HAS_TOKEN_SCALES)
+                    parameters = *reinterpret_cast<const uint32*>(shared + RAW_PARAMETERS + raw_index(which, i) * 4);
                 uint32 scale = broadcast_low(parameters), zero = broadcast_high(parameters);
                 uint8* to = tiles + which * TILE_BYTES;
                 *reinterpret_cast<uint4*>(to + Rows::offset(row, 2 * piece)) =
@@ -137,7 +141,8 @@ struct Converter {
     template <int which>
     static __device__ __forceinline__ uint32 pair(uint32 four, uint32 scale, uint32 zero) {
         uint32 magic = __byte_perm(four ^ 0x80808080, 0x64646464, which ? 0x4342 : 0x4140);
-        return half2_fma(half2_add(magic, MINUS_1152), scale, zero);
+        uint32 number = half2_add(magic, MINUS_1152);
+        return HAS_TOKEN_SCALES ? half2_fma(number, scale, zero) : number;
     }
 };
 
@@ -309,9 +314,11 @@ struct State {
         }
     }
 
-    // out: the first token's first head of this kv head
-    __device__ __forceinline__ void store(uint16* out, int num_rows, int group_size, int out_row_size) {
+    // out: the first token's first head of this kv head; values: its channels' scales and zeros, if there are
+    __device__ __forceinline__ void store(uint16* out, int num_rows, int group_size, int out_row_size,
+                                          const float* values) {
         int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+        values += 2 * t;
 #pragma unroll
         for (int i = 0; i < ROW_TILES; i++)
 #pragma unroll
@@ -324,9 +331,16 @@ struct State {
                 if (row >= num_rows) continue;
                 uint16* to = out + int64(row / group_size) * out_row_size + row % group_size * D + 2 * t;
 #pragma unroll
-                for (int n = 0; n < DIM_TILES; n++)
-                    *reinterpret_cast<uint32*>(to + n * 8) =
-                        floats_to_half2(acc[i][n][2 * r] * inverse, acc[i][n][2 * r + 1] * inverse);
+                for (int n = 0; n < DIM_TILES; n++) {
+                    float first = acc[i][n][2 * r] * inverse, second = acc[i][n][2 * r + 1] * inverse;
+                    if constexpr (HAS_CHANNELS) {
+                        float2 scale = *reinterpret_cast<const float2*>(values + n * 8);
+                        float2 zero = *reinterpret_cast<const float2*>(values + D + n * 8);
+                        first = fmaf(first, scale.x, zero.x);
+                        second = fmaf(second, scale.y, zero.y);
+                    }
+                    *reinterpret_cast<uint32*>(to + n * 8) = floats_to_half2(first, second);
+                }
             }
     }
 };
@@ -342,9 +356,21 @@ DEVICE void copy_queries(const uint16* q, int num_rows, int group_size, int row_
     commit_copies();
 }
 
+// Times the keys' scales, each thread what it has itself copied
+DEVICE void scale_queries(const float* scales) {
+    for (int i = threadIdx.x; i < ROWS * Rows::PIECES; i += THREADS) {
+        int row = i / Rows::PIECES, piece = i % Rows::PIECES;
+        uint32* q = reinterpret_cast<uint32*>(shared + Q + Rows::offset(row, piece));
+        const float2* of_piece = reinterpret_cast<const float2*>(scales) + piece * 4;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            q[j] = floats_to_half2(low_half(q[j]) * of_piece[j].x, high_half(q[j]) * of_piece[j].y);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_prefill(const uint16* qkv, const uint8* kv_cache, const int* block_tables, const int* plan, uint16* out,
-                      int max_blocks, int window, int num_heads, int num_kv_heads) {
+                      int max_blocks, int window, int num_heads, int num_kv_heads, const float* channels) {
     grid_launch_dependents();
     grid_wait();
     int index = blockIdx.x / num_kv_heads, kv_head = blockIdx.x % num_kv_heads;
@@ -378,6 +404,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else {
         Converter::copy(context, 0);
         Converter::convert(shared + TILES);  // waits for q, too
+        if constexpr (HAS_CHANNELS) scale_queries(channels + kv_head * CHANNEL_FLOATS);
         Converter::copy(context, 1);
         int turn = threadIdx.x / WARP % 8 / 4;  // warps 4 to 7 convert after their products
         for (int tile = 0; tile < num_tiles; tile++) {
@@ -393,5 +420,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
         }
     }
-    state.store(out + (int64(entry.first_row) * num_heads + first_head) * D, num_rows, group_size, num_heads * D);
+    state.store(out + (int64(entry.first_row) * num_heads + first_head) * D, num_rows, group_size, num_heads * D,
+                HAS_CHANNELS ? channels + kv_head * CHANNEL_FLOATS + 2 * D : nullptr);
 }

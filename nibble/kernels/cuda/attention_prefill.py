@@ -5,7 +5,7 @@ from __future__ import annotations
 import cupy
 import numpy as np
 
-from nibble.kernels.cuda.append_kv import check_cache
+from nibble.kernels.cuda.append_kv import channel_arrays, check_cache
 from nibble.kernels.cuda.attention_plan import (
     LARGE_SHARED_BYTES,
     SMALL_SHARED_BYTES,
@@ -15,12 +15,12 @@ from nibble.kernels.cuda.attention_plan import (
 )
 from nibble.kernels.cuda.compile import Defines
 from nibble.kernels.cuda.device import Device
-from nibble.kernels.cuda.rope import HEAD_DIMS, defines, num_query_heads
-from nibble.kernels.interface import AttentionBatch
+from nibble.kernels.cuda.rope import HEAD_DIMS, KV_TYPES, defines, num_query_heads
+from nibble.kernels.interface import AttentionBatch, KVChannels
 from nibble.kernels.layout import KVLayout
 
 VARIANTS: tuple[Defines, ...] = tuple(
-    (("HEAD_DIM", d), ("KV_FP16", f), ("WINDOW", w)) for d in HEAD_DIMS for f in (0, 1) for w in (0, 1)
+    (("HEAD_DIM", d), ("KV_TYPE", kind), ("WINDOW", w)) for d in HEAD_DIMS for kind in KV_TYPES.values() for w in (0, 1)
 )
 
 
@@ -31,6 +31,7 @@ def attention_prefill(
     batch: AttentionBatch,
     plan: cupy.ndarray,
     layout: KVLayout,
+    channels: KVChannels | None = None,
 ) -> cupy.ndarray:
     num_heads = num_query_heads(qkv, layout)
     check_cache(kv_cache, layout)
@@ -51,6 +52,7 @@ def attention_prefill(
         np.int32(batch.window or 0),
         np.int32(num_heads),
         np.int32(layout.num_kv_heads),
+        channel_arrays(channels, layout)[0],
         shared_bytes=LARGE_SHARED_BYTES if has_large_shared_memory(device) else SMALL_SHARED_BYTES,
     )
     return out

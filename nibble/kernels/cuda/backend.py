@@ -52,6 +52,7 @@ from nibble.kernels.interface import (
     HostCopy,
     Int4Weight,
     Int8Weight,
+    KVChannels,
     Mode,
 )
 from nibble.kernels.layout import KVLayout
@@ -225,19 +226,37 @@ class CUDAKernels:
     def rope(self, qkv: Array, positions: Array, table: Array, layout: KVLayout) -> None:
         rope.rope(self.device, qkv, positions, table, layout)
 
-    def append_kv(self, qkv: Array, slots: Array, kv_cache: Array, layout: KVLayout) -> None:
-        append_kv.append_kv(self.device, qkv, slots, kv_cache, layout)
+    def append_kv(
+        self, qkv: Array, slots: Array, kv_cache: Array, layout: KVLayout, channels: KVChannels | None = None
+    ) -> None:
+        append_kv.append_kv(self.device, qkv, slots, kv_cache, layout, channels)
 
     def paged_attention(
-        self, qkv: Array, kv_cache: Array, batch: AttentionBatch, layout: KVLayout, *, mode: Mode
+        self,
+        qkv: Array,
+        kv_cache: Array,
+        batch: AttentionBatch,
+        layout: KVLayout,
+        channels: KVChannels | None = None,
+        *,
+        mode: Mode,
     ) -> Array:
-        return attention.paged_attention(self.device, qkv, kv_cache, batch, layout, mode)
+        return attention.paged_attention(self.device, qkv, kv_cache, batch, layout, channels, mode)
 
     def plan_attention(self, batch: AttentionBatch, layout: KVLayout, num_tokens: int, *, mode: Mode) -> Array | None:
         return attention.plan_attention(self.device, batch, layout, num_tokens, mode)
 
-    def attention(self, qkv: Array, kv_cache: Array, step: AttentionStep, layout: KVLayout, *, mode: Mode) -> Array:
-        return attention.attention(self.device, qkv, kv_cache, step, layout, mode)
+    def attention(
+        self,
+        qkv: Array,
+        kv_cache: Array,
+        step: AttentionStep,
+        layout: KVLayout,
+        channels: KVChannels | None = None,
+        *,
+        mode: Mode,
+    ) -> Array:
+        return attention.attention(self.device, qkv, kv_cache, step, layout, channels, mode)
 
     def silu_and_mul(self, gate_up: Array) -> Array:
         return silu_and_mul.silu_and_mul(self.device, gate_up)

@@ -19,7 +19,7 @@ from nibble.kernels.cuda.append_kv import rope_append_kv
 from nibble.kernels.cuda.capture import capture
 from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.rope import rope_table
-from nibble.kernels.interface import AttentionBatch, AttentionStep, Mode
+from nibble.kernels.interface import AttentionBatch, AttentionStep, KVChannels, Mode
 from nibble.kernels.layout import BLOCK_SIZE, KVDtype, KVLayout
 
 COLD_BYTES = 200 << 20  # four times the L2 of an H100
@@ -93,6 +93,10 @@ class Bench:
         normal = np.random.default_rng(0).standard_normal(1 << 20, np.float32).astype(np.float16)
         self.qkv = cupy.asarray(np.resize(normal, (self.num_tokens, columns)))
         frequencies = [10000.0 ** (-2 * i / case.head_dim) for i in range(case.head_dim // 2)]
+        self.channels = None
+        if case.dtype is KVDtype.INT8_CHANNEL:
+            parameters = np.full(case.layout.channels_shape, 0.02, np.float32)
+            self.channels = KVChannels(cupy.asarray(parameters), cupy.asarray(np.zeros(1, np.int64)))
         self.table = rope_table(device, frequencies, case.context, 1.0)
 
     def layers(self) -> float:
@@ -104,7 +108,7 @@ class Bench:
             step = self._step()
             for cache in caches:
                 with self.device.arena.scope():
-                    attention.attention(self.device, self.qkv, cache, step, self.case.layout, self.mode)
+                    attention.attention(self.device, self.qkv, cache, step, self.case.layout, self.channels, self.mode)
 
         return (self._time(run) - self.plan()) / len(caches)
 
@@ -124,7 +128,9 @@ class Bench:
 
         def run() -> None:
             for cache in self.caches:
-                rope_append_kv(self.device, self.qkv, step.positions, step.slots, step.rope_table, cache, layout)
+                rope_append_kv(
+                    self.device, self.qkv, step.positions, step.slots, step.rope_table, cache, layout, self.channels
+                )
 
         return self._time(run) / len(self.caches)
 
@@ -162,7 +168,7 @@ def report(device: Device, case: Case, memory: cupy.ndarray) -> None:
     with device.arena.scope():
         bench = Bench(device, case, memory)
         us, plan_us = bench.layers(), bench.plan()
-        name = f"{case.num_heads}/{case.num_kv_heads} d{case.head_dim} {case.dtype:5} batch {case.batch:3}"
+        name = f"{case.num_heads}/{case.num_kv_heads} d{case.head_dim} {case.dtype:12} batch {case.batch:3}"
         if case.queries == 1:
             speed = f"{case.kv_bytes / us / 1e3:6.0f} GB/s"
         else:
@@ -177,11 +183,11 @@ def cases(which: str) -> list[Case]:
     decode = [Case(b, c) for c in (256, 640, 1024, 4096) for b in (1, 8, 32, 64, 128, 256)]
     decode += [Case(40, 4096), Case(64, 8192, shortest=128), Case(200, 4096, shortest=64)]
     prefill = [Case(1, 2048, 2048), Case(1, 8192, 8192), Case(8, 1024, 1024), Case(1, 8192, 1024)]
-    prefill.append(Case(1, 8192, 8192, dtype=KVDtype.FP16))
+    prefill += [Case(1, 8192, 8192, dtype=dtype) for dtype in (KVDtype.FP16, KVDtype.INT8_CHANNEL)]
     if which == "quick":
         keep = [(1, 256), (1, 1024), (1, 4096), (8, 1024), (32, 4096), (64, 640), (128, 1024), (256, 640), (64, 8192)]
         return [case for case in decode if (case.batch, case.context) in keep] + prefill[:2]
-    decode += [Case(b, 1024, dtype=KVDtype.FP16) for b in (1, 32, 128)]
+    decode += [Case(b, 1024, dtype=dtype) for dtype in (KVDtype.FP16, KVDtype.INT8_CHANNEL) for b in (1, 32, 128)]
     decode += [Case(b, 1024, num_heads=28, num_kv_heads=4) for b in (1, 64)]
     decode += [Case(b, 1024, num_heads=32, num_kv_heads=8, head_dim=64) for b in (1, 64)]
     decode += [Case(40, 1024), Case(1, 8192), Case(64, 1024, head_dim=256, num_heads=8, num_kv_heads=4)]

@@ -10,7 +10,7 @@ from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.rope import BLOCK, HEAD_DIMS, defines, num_query_heads
 from nibble.kernels.layout import KVDtype, KVLayout
 
-VARIANTS: tuple[Defines, ...] = tuple((("HEAD_DIM", d), ("KV_FP16", 0)) for d in HEAD_DIMS)
+VARIANTS: tuple[Defines, ...] = tuple((("HEAD_DIM", d), ("KV_TYPE", 0)) for d in HEAD_DIMS)
 
 
 def norm_heads(

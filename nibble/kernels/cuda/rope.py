@@ -10,17 +10,18 @@ from nibble.kernels.cuda.device import Device
 from nibble.kernels.layout import KVDtype, KVLayout
 
 HEAD_DIMS = (64, 96, 128, 256)
+KV_TYPES = {KVDtype.INT8: 0, KVDtype.FP16: 1, KVDtype.INT8_CHANNEL: 2}  # as attention.cuh has them
 MAX_GROUP_SIZE = 16  # query heads per kv head
 BLOCK = 256
 
 # What the kernels over heads are compiled for; the rotation is the same for both formats
-VARIANTS: tuple[Defines, ...] = tuple((("HEAD_DIM", d), ("KV_FP16", 0)) for d in HEAD_DIMS)
+VARIANTS: tuple[Defines, ...] = tuple((("HEAD_DIM", d), ("KV_TYPE", 0)) for d in HEAD_DIMS)
 
 
 def defines(layout: KVLayout) -> Defines:
     """The constants of a kernel that reads or writes KV blocks."""
     assert layout.head_dim in HEAD_DIMS, f"head_dim is {layout.head_dim}, the kernels have {HEAD_DIMS}"
-    return (("HEAD_DIM", layout.head_dim), ("KV_FP16", int(layout.dtype is KVDtype.FP16)))
+    return (("HEAD_DIM", layout.head_dim), ("KV_TYPE", KV_TYPES[layout.dtype]))
 
 
 def num_query_heads(qkv: cupy.ndarray, layout: KVLayout) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import reference
+from kv_channels import channels_of
 
 from nibble.kernels.cpu.backend import CPUKernels
-from nibble.kernels.interface import AttentionBatch, Mode
+from nibble.kernels.interface import AttentionBatch, KVChannels, Mode
 from nibble.kernels.layout import BLOCK_SIZE, KVDtype, KVLayout
 
 
@@ -33,10 +34,36 @@ def test_append_writes_the_specified_bytes(
     qkv[6, start : start + head_dim] += 1000  # large zero, small scale
     slots = rng.permutation(4 * BLOCK_SIZE)[:70].astype(np.int64)
     written, expected = poisoned_cache(4, layout), poisoned_cache(4, layout)
-    kernels.append_kv(qkv, slots, written, layout)
+    channels = channels_of(kernels, layout)
+    kernels.append_kv(qkv, slots, written, layout, channels)
     with np.errstate(over="ignore"):
-        reference.append_kv(qkv, slots, expected, layout)
+        num_saturated = reference.append_kv(qkv, slots, expected, layout)
     np.testing.assert_array_equal(written, expected)
+    if channels is not None:
+        assert channels.num_saturated[0] == num_saturated > 4 * head_dim
+        kernels.append_kv(qkv, slots, written, layout, channels)
+        assert channels.num_saturated[0] == 2 * num_saturated
+
+
+@pytest.mark.parametrize(("steps", "q", "saturates"), [
+    (127.5, 127, 0), (128.4, 127, 0), (128.6, 127, 1), (-128.4, -128, 0), (-128.6, -128, 1),
+    (np.inf, 127, 1), (-np.inf, -128, 1), (np.nan, -128, 1),
+])  # fmt: skip
+def test_what_a_channel_does_not_hold_saturates_and_is_counted(
+    kernels: CPUKernels, steps: float, q: int, saturates: int
+) -> None:
+    layout = KVLayout(1, 64, KVDtype.INT8_CHANNEL)
+    parameters = np.empty(layout.channels_shape, np.float32)
+    parameters[:, :, 0], parameters[:, :, 1] = 0.25, 3.0
+    channels = KVChannels(parameters, np.zeros(1, np.int64))
+    qkv = np.full((1, 3 * 64), 3.0, np.float32)
+    qkv[0, 64 + 9] = 3 + 0.25 * steps
+    cache = poisoned_cache(1, layout)
+    kernels.append_kv(qkv, np.zeros(1, np.int64), cache, layout, channels)
+    expected = np.zeros(64, np.int8)
+    expected[9] = q
+    np.testing.assert_array_equal(cache[0, 0, :64].view(np.int8), expected)
+    assert channels.num_saturated[0] == saturates
 
 
 def sequences_in_cache(
@@ -46,6 +73,7 @@ def sequences_in_cache(
     blocks_of = [-(-length // BLOCK_SIZE) for length in context_lens]
     blocks = rng.permutation(sum(blocks_of) + 3).astype(np.int32)
     cache = poisoned_cache(len(blocks), layout)
+    channels = channels_of(kernels, layout)
     tables = np.full((len(context_lens), max(blocks_of)), 10**6, np.int32)  # past the end: undefined
     used = 0
     for s, (length, count) in enumerate(zip(context_lens, blocks_of, strict=True)):
@@ -54,7 +82,7 @@ def sequences_in_cache(
         positions = np.arange(length)
         slots = tables[s, positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
         columns = (num_heads + 2 * layout.num_kv_heads) * layout.head_dim
-        kernels.append_kv(rng.standard_normal((length, columns)).astype(np.float32), slots, cache, layout)
+        kernels.append_kv(rng.standard_normal((length, columns)).astype(np.float32), slots, cache, layout, channels)
     return cache, tables
 
 
@@ -96,7 +124,7 @@ def test_attention_over_a_ragged_batch(
     cache, tables = sequences_in_cache(kernels, rng, context_lens, num_heads, layout)
     batch = attention_batch(query_lens, context_lens, tables)
     qkv = rng.standard_normal((sum(query_lens), (num_heads + 2 * num_kv_heads) * head_dim)).astype(np.float32)
-    out = kernels.paged_attention(qkv, cache, batch, layout, mode=mode)
+    out = kernels.paged_attention(qkv, cache, batch, layout, channels_of(kernels, layout), mode=mode)
     assert out.shape == (sum(query_lens), num_heads * head_dim)
     with np.errstate(invalid="ignore"):  # the poison
         expected = reference.paged_attention(qkv, cache, batch, layout)
@@ -118,7 +146,7 @@ def test_a_window_hides_what_is_older(
         cache[tables[s, : oldest // BLOCK_SIZE]] = 0xFF
     batch = attention_batch(query_lens, context_lens, tables, window)
     qkv = rng.standard_normal((sum(query_lens), 10 * 64)).astype(np.float32)
-    out = kernels.paged_attention(qkv, cache, batch, layout, mode=mode)
+    out = kernels.paged_attention(qkv, cache, batch, layout, channels_of(kernels, layout), mode=mode)
     with np.errstate(invalid="ignore"):
         expected = reference.paged_attention(qkv, cache, batch, layout)
     assert np.abs(out - expected).max() <= tolerance(mode, 64, max(context_lens))
@@ -132,10 +160,12 @@ def test_with_a_window_too_a_row_does_not_depend_on_the_others(
     layout = KVLayout(3, 64)
     cache, tables = sequences_in_cache(kernels, rng, [330], 9, layout)
     qkv = rng.standard_normal((330, 15 * 64)).astype(np.float32)
-    whole = kernels.paged_attention(qkv, cache, attention_batch([330], [330], tables, window), layout, mode=mode)
+    whole = kernels.paged_attention(
+        qkv, cache, attention_batch([330], [330], tables, window), layout, channels_of(kernels, layout), mode=mode
+    )
     for start, stop in ((0, 128), (128, 129), (129, 200), (200, 330)):
         batch = attention_batch([stop - start], [stop], tables, window)
-        out = kernels.paged_attention(qkv[start:stop], cache, batch, layout, mode=mode)
+        out = kernels.paged_attention(qkv[start:stop], cache, batch, layout, channels_of(kernels, layout), mode=mode)
         np.testing.assert_array_equal(out, whole[start:stop])
 
 
@@ -146,12 +176,14 @@ def test_decode_row_does_not_depend_on_the_batch(kernels: CPUKernels, rng: np.ra
     cache, tables = sequences_in_cache(kernels, rng, context_lens, 9, layout)
     qkv = rng.standard_normal((4 * 20, 15 * 64)).astype(np.float32)
     batch = attention_batch([20] * 4, context_lens, tables)
-    together = kernels.paged_attention(qkv, cache, batch, layout, mode=Mode.DECODE)
+    together = kernels.paged_attention(qkv, cache, batch, layout, channels_of(kernels, layout), mode=Mode.DECODE)
     for s, context_len in enumerate(context_lens):
         for i in (0, 7, 19):
             row = 20 * s + i
             alone = attention_batch([1], [context_len - 19 + i], tables[s : s + 1])
-            out = kernels.paged_attention(qkv[row : row + 1], cache, alone, layout, mode=Mode.DECODE)
+            out = kernels.paged_attention(
+                qkv[row : row + 1], cache, alone, layout, channels_of(kernels, layout), mode=Mode.DECODE
+            )
             np.testing.assert_array_equal(out[0], together[row])
 
 
@@ -162,10 +194,14 @@ def test_prefill_row_does_not_depend_on_the_chunk(
     layout = KVLayout(3, 64, dtype)
     cache, tables = sequences_in_cache(kernels, rng, [330], 9, layout)
     qkv = rng.standard_normal((330, 15 * 64)).astype(np.float32)
-    whole = kernels.paged_attention(qkv, cache, attention_batch([330], [330], tables), layout, mode=Mode.PREFILL)
+    whole = kernels.paged_attention(
+        qkv, cache, attention_batch([330], [330], tables), layout, channels_of(kernels, layout), mode=Mode.PREFILL
+    )
     for start, stop in ((0, 128), (128, 129), (129, 200), (200, 330)):
         batch = attention_batch([stop - start], [stop], tables)
-        out = kernels.paged_attention(qkv[start:stop], cache, batch, layout, mode=Mode.PREFILL)
+        out = kernels.paged_attention(
+            qkv[start:stop], cache, batch, layout, channels_of(kernels, layout), mode=Mode.PREFILL
+        )
         np.testing.assert_array_equal(out, whole[start:stop])
 
 
@@ -174,7 +210,9 @@ def test_large_scores_do_not_overflow(kernels: CPUKernels, rng: np.random.Genera
     layout = KVLayout(1, 64)
     cache, tables = sequences_in_cache(kernels, rng, [100], 1, layout)
     qkv = (rng.standard_normal((40, 3 * 64)) * 1e4).astype(np.float32)
-    out = kernels.paged_attention(qkv, cache, attention_batch([40], [100], tables), layout, mode=mode)
+    out = kernels.paged_attention(
+        qkv, cache, attention_batch([40], [100], tables), layout, channels_of(kernels, layout), mode=mode
+    )
     values = reference.read_kv(cache[tables[0]], layout)[:, 0, 1].reshape(-1, 64)[:100]
     assert np.isfinite(out).all()
     assert (out <= values.max(axis=0) + 0.02).all()
@@ -187,7 +225,9 @@ def test_nan_query_gives_nan_in_its_row_only(kernels: CPUKernels, rng: np.random
     cache, tables = sequences_in_cache(kernels, rng, [40], 2, layout)
     qkv = rng.standard_normal((40, 4 * 64)).astype(np.float32)
     qkv[11, 70] = np.nan
-    out = kernels.paged_attention(qkv, cache, attention_batch([40], [40], tables), layout, mode=mode)
+    out = kernels.paged_attention(
+        qkv, cache, attention_batch([40], [40], tables), layout, channels_of(kernels, layout), mode=mode
+    )
     assert np.isnan(out[11, 64:]).all()
     assert np.isfinite(np.delete(out, 11, axis=0)).all()
 

@@ -18,6 +18,8 @@ def random_cache(rng: np.random.Generator, num_blocks: int, layout: KVLayout) ->
     cache = np.empty((num_blocks, layout.num_kv_heads, layout.head_block_bytes), np.uint8)
     values = 2 * BLOCK_SIZE * layout.head_dim
     cache[..., :values] = rng.integers(0, 256, cache[..., :values].shape, np.uint8)
+    if layout.dtype is KVDtype.INT8_CHANNEL:
+        return cache
     parameters = np.empty((num_blocks, layout.num_kv_heads, 2 * BLOCK_SIZE, 2), np.float16)
     parameters[..., 0] = rng.uniform(0.004, 0.024, parameters.shape[:-1])
     parameters[..., 1] = rng.uniform(-0.9, 0.9, parameters.shape[:-1])

@@ -30,7 +30,15 @@ from nibble.kernels.cuda.compile import Defines
 from nibble.kernels.cuda.launch import Kernel
 from nibble.kernels.cuda.rope import HEAD_DIMS
 from nibble.kernels.cuda.variants import compile_all
-from nibble.kernels.interface import AttentionBatch, AttentionStep, Float16Weight, Int4Weight, Int8Weight, Mode
+from nibble.kernels.interface import (
+    AttentionBatch,
+    AttentionStep,
+    Float16Weight,
+    Int4Weight,
+    Int8Weight,
+    KVChannels,
+    Mode,
+)
 from nibble.kernels.layout import KVDtype, KVLayout
 from nibble.kernels.pack import pack_int4
 from nibble.kernels.sampling import LOGPROB_WORDS, AdjustmentBatch, SamplingBatch
@@ -154,6 +162,10 @@ def attention(s: Sanitized, head_dim: int) -> None:
 def one_attention(s: Sanitized, layout: KVLayout, group_size: int) -> None:
     context_lens = [1, 64, 65, 300]
     table = s.kernels.rope_table([10000.0 ** (-2 * i / layout.head_dim) for i in range(layout.head_dim // 2)], 320, 1.0)
+    channels = None
+    if layout.dtype is KVDtype.INT8_CHANNEL:
+        parameters = np.full(layout.channels_shape, 0.01)
+        channels = KVChannels(s.array(parameters, np.float32), s.array([0], np.int64))
     num_columns = (group_size + 2) * layout.num_kv_heads * layout.head_dim
     for query_lens, mode, window in itertools.product(([1, 1, 1, 1], [1, 17, 1, 3]), Mode, (None, 100)):
         cache, tables = sequences(s.rng, context_lens, layout)
@@ -164,12 +176,12 @@ def one_attention(s: Sanitized, layout: KVLayout, group_size: int) -> None:
         kv_cache, qkv = s.array(cache, np.uint8), s.normal((len(positions), num_columns))
         plan = s.kernels.plan_attention(on_device, layout, len(positions), mode=mode)
         step = AttentionStep(on_device, s.array(positions, np.int32), s.array(slots, np.int64), table, plan)
-        s.check(s.kernels.attention(qkv, kv_cache, step, layout, mode=mode))
+        s.check(s.kernels.attention(qkv, kv_cache, step, layout, channels, mode=mode))
         weights = s.normal((2, layout.head_dim), np.float32)
         s.kernels.norm_heads(qkv, weights[0], weights[1], 1e-5, layout)
         s.kernels.rope(qkv, step.positions, table, layout)
-        s.kernels.append_kv(qkv, step.slots, kv_cache, layout)
-        s.check(s.kernels.paged_attention(qkv, kv_cache, on_device, layout, mode=mode))
+        s.kernels.append_kv(qkv, step.slots, kv_cache, layout, channels)
+        s.check(s.kernels.paged_attention(qkv, kv_cache, on_device, layout, channels, mode=mode))
 
 
 def sample(s: Sanitized) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import reference
+from kv_channels import channels_of
 from paged import attention_batch, poison_slots, sequences, slots_of
 
 from nibble.kernels.interface import AttentionBatch, AttentionStep, Mode
@@ -31,16 +32,18 @@ every_shape = pytest.mark.parametrize(
 )
 
 
-def tolerance(mode: Mode, head_dim: int) -> float:
+def tolerance(mode: Mode, layout: KVLayout) -> float:
     """Absolute, for |q|, |k|, |v| of about 1 and at most 4.
 
     fp16 rounds each weight (times the value's scale) by 2^-11 of itself, and so the output by at most 2^-11 of the
-    largest value; the output is rounded once more. PREFILL rounds keys and values to fp16 as well: a score moves by up
-    to 2^-11 sum(|q k|) / sqrt(D), about 2^-11 * 0.7 sqrt(D) (errors of one sign: an upper bound), and its weight by
-    that share. 2^-13: fp32.
+    largest value; the output is rounded once more. PREFILL rounds keys and values to fp16 as well, and blocks by
+    channel have q times the keys' scales rounded: a score moves by up to 2^-11 sum(|q k|) / sqrt(D), about 2^-11 * 0.7
+    sqrt(D) (errors of one sign: an upper bound), and its weight by that share. 2^-13: fp32.
     """
     rounding = 2.0**-11 * 4 * 2 + 2.0**-13
-    return rounding if mode is Mode.DECODE else rounding + 4 * 2.0**-11 * (1 + 0.7 * head_dim**0.5)
+    if mode is Mode.DECODE and layout.dtype is not KVDtype.INT8_CHANNEL:
+        return rounding
+    return rounding + 4 * 2.0**-11 * (1 + 0.7 * layout.head_dim**0.5)
 
 
 def on_device(kernels: CUDAKernels, batch: AttentionBatch) -> AttentionBatch:
@@ -59,7 +62,8 @@ def attend(
     with kernels.temporaries():
         kernels.device.arena.poison(64 << 20)
         cache = kernels.to_device(cache) if isinstance(cache, np.ndarray) else cache
-        out = kernels.paged_attention(kernels.to_device(qkv), cache, on_device(kernels, batch), layout, mode=mode)
+        arrays, channels = on_device(kernels, batch), channels_of(kernels, layout)
+        out = kernels.paged_attention(kernels.to_device(qkv), cache, arrays, layout, channels, mode=mode)
         return np.array(kernels.to_host(out))
 
 
@@ -86,7 +90,7 @@ def assert_matches(
     batch = replace(attention_batch(query_lens, context_lens, tables), window=window)
     qkv = random_qkv(rng, sum(query_lens), num_heads, layout)
     out = attend(kernels, qkv, cache, batch, layout, mode)
-    assert np.abs(out - expected_of(qkv, cache, batch, layout)).max() <= tolerance(mode, layout.head_dim)
+    assert np.abs(out - expected_of(qkv, cache, batch, layout)).max() <= tolerance(mode, layout)
 
 
 @every_shape
@@ -179,7 +183,7 @@ def test_decode_row_does_not_depend_on_how_rows_are_cut(
     batch = attention_batch([1] * batch_size, context_lens, tables)
     together = attend(kernels, qkv, on_gpu, batch, layout, Mode.DECODE)
     error = np.abs(together - expected_of(qkv, cache, batch, layout))
-    assert error.max() <= tolerance(Mode.DECODE, 128)
+    assert error.max() <= tolerance(Mode.DECODE, layout)
     for row in range(0, batch_size, 3):
         alone = attention_batch([1], [1000], tables[row : row + 1])
         out = attend(kernels, qkv[row : row + 1], on_gpu, alone, layout, Mode.DECODE)
@@ -246,11 +250,16 @@ def test_fused_attention_equals_its_parts(
     table = kernels.rope_table([10000.0 ** (-i / half) for i in range(half)], 2048, 1.0)
     step = device_step(kernels, batch, layout, table, mode, len(qkv))
     fused_cache, fused_qkv = kernels.to_device(cache), kernels.to_device(qkv)
-    fused = kernels.to_host(kernels.attention(fused_qkv, fused_cache, step, layout, mode=mode))
+    channels = channels_of(kernels, layout)
+    fused = kernels.to_host(kernels.attention(fused_qkv, fused_cache, step, layout, channels, mode=mode))
+    if channels is not None:
+        num_saturated = int(kernels.to_host(channels.num_saturated)[0])
     parts_cache, parts_qkv = kernels.to_device(cache), kernels.to_device(qkv)
     kernels.rope(parts_qkv, step.positions, table, layout)
-    kernels.append_kv(parts_qkv, step.slots, parts_cache, layout)
-    out = kernels.paged_attention(parts_qkv, parts_cache, step.batch, layout, mode=mode)
+    kernels.append_kv(parts_qkv, step.slots, parts_cache, layout, channels)
+    out = kernels.paged_attention(parts_qkv, parts_cache, step.batch, layout, channels, mode=mode)
+    if channels is not None:
+        assert kernels.to_host(channels.num_saturated)[0] == 2 * num_saturated > 0
     np.testing.assert_array_equal(kernels.to_host(fused_cache), kernels.to_host(parts_cache))
     np.testing.assert_array_equal(fused, kernels.to_host(out))
 
@@ -335,7 +344,7 @@ def test_tiny_values_keep_their_precision(kernels: CUDAKernels, rng: np.random.G
     batch = attention_batch([1], [500], tables)
     out = attend(kernels, qkv, cache, batch, layout, mode)
     error = np.abs(out - expected_of(qkv, cache, batch, layout))
-    assert error.max() <= tolerance(mode, 64) * 2e-3 + 2.0**-25
+    assert error.max() <= tolerance(mode, layout) * 2e-3 + 2.0**-25
 
 
 @pytest.mark.parametrize("mode", Mode)
