@@ -21,6 +21,7 @@ from nibble.engine.llm_engine import LLMEngine
 from nibble.engine.protocol import GenerationRequest, SamplingParams
 from nibble.kernels.cpu.backend import CPUKernels
 from nibble.kernels.interface import Array
+from nibble.kernels.layout import KVDtype
 
 VOCAB_SIZE = 300
 BLOCK_BYTES = 2 * 2 * (2 * 64 * 32 + 2 * 64 * 4)  # two layers, two KV heads of 32
@@ -87,10 +88,10 @@ def logits_after_a_cached_prefix(
         return np.concatenate(empty), np.concatenate(found), engine.stats.num_cache_hits
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp16"])
-def test_logits_after_a_cached_prefix_are_the_same_bits(tiny: Path, kv_dtype: str) -> None:
+@pytest.mark.parametrize("kv_dtype", [KVDtype.INT8, KVDtype.FP16])
+def test_logits_after_a_cached_prefix_are_the_same_bits(tiny: Path, kv_dtype: KVDtype) -> None:
     prompt = np.random.default_rng(3).integers(0, VOCAB_SIZE, 400).tolist()
-    block_bytes = BLOCK_BYTES if kv_dtype == "int8" else 2 * 2 * 2 * 64 * 32 * 2
+    block_bytes = BLOCK_BYTES if kv_dtype is KVDtype.INT8 else 2 * 2 * 2 * 64 * 32 * 2
     empty, found, num_hits = logits_after_a_cached_prefix(tiny, prompt, block_bytes, kv_dtype=kv_dtype)
     assert num_hits == 384
     assert np.array_equal(empty, found)
