@@ -21,10 +21,12 @@ from nibble.engine.checkpoint.source import Source, open_source
 from nibble.engine.evaluate.divergence import Comparison, Logits, Quality
 from nibble.engine.quantize.calibration import read_texts
 from nibble.engine.quantize.decoder import KVTransform, Layer, layer_forward, read_layer, rms_norm
+from nibble.engine.quantize.kv_channels import KVObserver, kv_channels
 from nibble.kernels.interface import Int4Weight
 from nibble.kernels.pack import deinterleave_gate_up, dequantize_int4
 
 CPU = torch.device("cpu")
+CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 16, 512
 
 
 class Simulation:
@@ -49,8 +51,17 @@ class Simulation:
             comparison.add(self._logits(reference), self._logits(hidden), targets)
         return comparison.result()
 
+    def calibrated(self, ids: Tensor) -> list[KVTransform]:
+        """INT8 by channel with ranges from other text, int64 (S, T)."""
+        observers = [KVObserver(self._config, CPU) for _ in self.layers]
+        self._run(self.layers, observers, ids)
+        return [int8_per_channel(observer) for observer in observers]
+
     def _hidden(self, layers: Iterable[Layer], transforms: Sequence[KVTransform]) -> Tensor:
-        streams = [self._table[row][None] for row in self._ids]
+        return self._run(layers, transforms, self._ids)
+
+    def _run(self, layers: Iterable[Layer], transforms: Sequence[KVTransform], sequences: Tensor) -> Tensor:
+        streams = [self._table[row][None] for row in sequences]
         for index, layer in enumerate(layers):
             transform = transforms[index : index + 1]
             streams = [layer_forward(layer, x, self._config, *transform) for x in streams]
@@ -86,9 +97,23 @@ def int8_per_token(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def int8_per_channel(observer: KVObserver) -> KVTransform:
+    statistics = {name: values.numpy() for name, values in observer.results().items()}
+    parameters = torch.from_numpy(kv_channels(statistics))[:, :, :, None]  # (kv heads, K | V, scale | zero, 1, D)
+
+    def transform(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return _rounded(k, *parameters[:, 0].unbind(1)), _rounded(v, *parameters[:, 1].unbind(1))
+
+    return transform
+
+
 def _int8(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     zero, scale = ((low + high) / 2).half().float(), ((high - low) / 255).half().float()
-    return ((x - zero) / scale.clamp(min=1e-8)).round().clamp(-128, 127) * scale + zero
+    return _rounded(x, scale.clamp(min=1e-8), zero)
+
+
+def _rounded(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return ((x - zero) / scale).round().clamp(-128, 127) * scale + zero
 
 
 def _matrix(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -122,6 +147,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("quantized", type=Path, nargs="*")
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, help="for the ranges of a KV cache by channel")
     parser.add_argument("--num-sequences", type=int, default=6)
     parser.add_argument("--sequence-tokens", type=int, default=1024)
     arguments = parser.parse_args()
@@ -133,6 +159,11 @@ def main() -> None:
         _print("original", simulation.quality(simulation.layers))
         transforms = [int8_per_token] * source.config.num_layers
         _print("INT8 KV cache, per token", simulation.quality(simulation.layers, transforms))
+        if arguments.calibration is not None:
+            calibration = token_ids(source, arguments.calibration, CALIBRATION_SEQUENCES, CALIBRATION_TOKENS)
+            _print(
+                "INT8 KV cache, per channel", simulation.quality(simulation.layers, simulation.calibrated(calibration))
+            )
         for path in arguments.quantized:
             _print(path.name, simulation.quality(native_layers(load_checkpoint(path))))
 

@@ -119,17 +119,23 @@ def quantize(
     num_sequences: Annotated[int, typer.Option(min=1, help="Sequences of calibration text.")] = 128,
     sequence_tokens: Annotated[int, typer.Option(min=32, help="Tokens of each.")] = 512,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = None,
+    kv: Annotated[
+        str,
+        typer.Option(help="Scales of an INT8 KV cache: of each token (found while serving) or channel (calibrated)."),
+    ] = "token",
 ) -> None:
     """Quantise a model to 4 bits. An interrupted run goes on where it was when the command is given again."""
     from rich.console import Console
 
     from nibble.engine.checkpoint.errors import CheckpointError
     from nibble.engine.quantize.errors import OptionError, QuantizeError
-    from nibble.engine.quantize.options import Method, Options
+    from nibble.engine.quantize.options import KVScales, Method, Options
     from nibble.service.launcher.model import progress_bar
 
     try:
-        options = Options(Method.named(method), group_size, calibration, num_sequences, sequence_tokens, device)
+        options = Options(
+            Method.named(method), group_size, calibration, num_sequences, sequence_tokens, device, KVScales.named(kv)
+        )
         from nibble.engine.quantize.quantize import quantize as run
 
         with progress_bar(Console(stderr=True)) as report:

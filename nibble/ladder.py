@@ -89,7 +89,8 @@ def print_plan(model: Path, gpu_memory: str, group_size: int, utilization: float
     for name, description in descriptions_of(model, group_size).items():
         for kv_dtype in (KVDtype.INT8, KVDtype.FP16):
             memory = estimate(description, kv_dtype, total_bytes, utilization=utilization)
-            columns.append((f"{name}, {kv_dtype} KV", *_plan_cells(memory, description.config.max_context_tokens)))
+            kind = description.kv_layout(kv_dtype).dtype
+            columns.append((f"{name}, {kind} KV", *_plan_cells(memory, description.config.max_context_tokens)))
     _print_table(_PLAN_LABELS, columns)
 
 

@@ -48,6 +48,7 @@ def test_version() -> None:
         (("quantize", "x.gguf"), "--output"),
         (("quantize", "x.gguf", "-o", "y", "--method", "aqw"), "rtn, awq, gptq, awq-gptq"),
         (("quantize", "x.gguf", "-o", "y", "--group-size", "48"), "group size"),
+        (("quantize", "x.gguf", "-o", "y", "--kv", "head"), "of a token or a channel"),
         (("plan", "x.gguf"), "--gpu-memory"),
         (("plan", "x.gguf", "--gpu-memory", "much"), "24GiB"),
     ],

@@ -284,6 +284,8 @@ class LLMEngine:
         stats.num_generated_tokens += num_sampled
         stats.step_tokens, stats.step_is_decode = num_sampled, not step.batch.prefill
         stats.wait_s = self.runner.wait_s
+        if step.num_saturated is not None:
+            stats.num_saturated_kv = int(step.num_saturated.wait()[0])
         if self.speculation is not None:
             stats.num_draft_tokens = self.speculation.num_draft_tokens
             stats.num_accepted_tokens = self.speculation.num_accepted_tokens

@@ -27,13 +27,14 @@ from nibble.engine.checkpoint.source import open_source
 from nibble.engine.memory_plan import IDLE_BLOCKS, SLACK_BYTES
 from nibble.engine.model_config import ModelConfig
 from nibble.engine.pass_inputs import PassShape
-from nibble.kernels.layout import BLOCK_SIZE, GROUP_SIZES, KVDtype, KVLayout
+from nibble.kernels.layout import BLOCK_SIZE, GROUP_SIZES, KVDtype
 from nibble.kernels.sampling import LOGPROB_WORDS
 from nibble.kernels.slots import SlotLayout, mask_words
 
 DRIVER_BYTES = 640 << 20  # CUDA context and loaded kernels, measured on an H100: 520 MiB
 SCRATCH_BYTES = 192 << 20  # partial sums of attention and linears, slabs of dequantised weights
 INT8_GROUP = 32
+COUNTER_BYTES = 8  # `DecoderModel.num_saturated`
 _ITEM_BYTES = {"F32": 4, "F16": 2, "U8": 1, "I8": 1}
 
 
@@ -107,8 +108,9 @@ def estimate(
     """utilization: the share of the memory that may be used; the limits are those of a CUDA worker by default."""
     config = description.config
     weights, buffers = weight_bytes(description), _buffer_bytes(config, max_num_sequences, max_num_batched_tokens)
+    buffers += COUNTER_BYTES if description.has_kv_channels else 0
     reserve = DRIVER_BYTES + SLACK_BYTES + _workspace_bytes(config, max_num_sequences, max_num_batched_tokens)
-    block_bytes = config.num_layers * KVLayout(config.num_kv_heads, config.head_dim, kv_dtype).block_bytes
+    block_bytes = config.num_layers * description.kv_layout(kv_dtype).block_bytes
     left_bytes = int(total_bytes * utilization) - weights - buffers - reserve
     most = max_num_sequences * num_blocks_for(config.max_context_tokens)
     num_blocks = min(left_bytes // block_bytes - IDLE_BLOCKS, most)

@@ -107,6 +107,7 @@ def _plan(kernels: Kernels, models: list[DecoderModel], limits: EngineLimits) ->
     runners = _make(kernels, models, limits, num_blocks, num_swap_blocks)
     for runner in runners:
         runner.capture()
+        runner.reset_counters()
     weight_bytes = sum(model.weight_bytes for model in models)
     MemoryPlan(
         total_bytes=total_bytes,

@@ -11,6 +11,7 @@ import copy
 from dataclasses import dataclass, replace
 
 import msgspec
+import numpy as np
 
 from nibble.engine.checkpoint.errors import UnsupportedModelError
 from nibble.engine.checkpoint.native import Checkpoint
@@ -24,6 +25,7 @@ from nibble.kernels.interface import (
     Int4Weight,
     Int8Weight,
     Kernels,
+    KVChannels,
     Mode,
     Weight,
 )
@@ -61,6 +63,7 @@ class Layer:
     down: Linear
     q_norm: Array | None  # float32 (D,)
     k_norm: Array | None
+    kv_channels: KVChannels | None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,9 @@ class DecoderModel:
         self.config = config
         self.kernels = kernels
         self.kv_layout = kv_layout
-        loader = _Loader(kernels, checkpoint)
+        has_channels = checkpoint.description.has_kv_channels
+        self.num_saturated = kernels.zeros((1,), np.int64) if has_channels else None  # see `KVChannels`
+        loader = _Loader(kernels, checkpoint, self.num_saturated)
         self.embedding = loader.table("embedding")
         self.layers = [loader.layer(f"layers.{i}") for i in range(config.num_layers)]
         self.final_norm = loader.array("final_norm")
@@ -95,7 +100,7 @@ class DecoderModel:
     def load(cls, kernels: Kernels, checkpoint: Checkpoint, kv_dtype: KVDtype) -> DecoderModel:
         """With a KV cache of this type. Raises UnsupportedModelError, MemoryError."""
         config = checkpoint.config
-        layout = KVLayout(config.num_kv_heads, config.head_dim, kv_dtype)
+        layout = checkpoint.description.kv_layout(kv_dtype)
         if not kernels.supports(layout):
             raise UnsupportedModelError(f"head_dim {config.head_dim} is not supported on {kernels.device_name}")
         return cls(config, kernels, checkpoint, layout)
@@ -109,6 +114,7 @@ class DecoderModel:
         attention = replace(batch.attention, window=self.config.sliding_window)
         plan = kernels.plan_attention(attention, self.kv_layout, len(batch.ids), mode=mode)
         step = AttentionStep(attention, batch.positions, batch.slots, self.rope_table, plan)
+        has_channels = self.kv_layout.dtype is KVDtype.INT8_CHANNEL
         x = kernels.embedding(batch.ids, self.embedding)  # (T, H), the residual stream
         for layer, cache in zip(self.layers, kv_cache, strict=True):
             with kernels.temporaries():
@@ -116,7 +122,8 @@ class DecoderModel:
                 qkv = layer.qkv(kernels, h, mode)  # (T, (num_heads + 2 num_kv_heads) D)
                 if layer.q_norm is not None:
                     kernels.norm_heads(qkv, layer.q_norm, layer.k_norm, eps, self.kv_layout)
-                attended = kernels.attention(qkv, cache, step, self.kv_layout, mode=mode)
+                channels = layer.kv_channels if has_channels else None
+                attended = kernels.attention(qkv, cache, step, self.kv_layout, channels, mode=mode)
                 layer.o(kernels, attended, mode, residual=x)
                 h = kernels.rms_norm(x, layer.mlp_norm, eps)
                 h = layer.gate_up(kernels, h, mode, gated=True)  # (T, I)
@@ -143,7 +150,8 @@ class DecoderModel:
 class _Loader:
     """Moves a checkpoint's tensors to the device and counts their bytes."""
 
-    def __init__(self, kernels: Kernels, checkpoint: Checkpoint) -> None:
+    def __init__(self, kernels: Kernels, checkpoint: Checkpoint, num_saturated: Array | None) -> None:
+        self._num_saturated = num_saturated
         self.kernels = kernels
         self.checkpoint = checkpoint
         self.num_bytes = 0
@@ -166,10 +174,14 @@ class _Loader:
             down=self._linear(f"{prefix}.down"),
             q_norm=self._optional(f"{prefix}.q_norm"),
             k_norm=self._optional(f"{prefix}.k_norm"),
+            kv_channels=self._channels(f"{prefix}.kv_channels"),
         )
 
     def _linear(self, name: str) -> Linear:
         return Linear(self._weight(name), self._optional(f"{name}.bias"), self._optional(f"{name}.order"))
+
+    def _channels(self, name: str) -> KVChannels | None:
+        return KVChannels(self.array(name), self._num_saturated) if self.checkpoint.has(name) else None
 
     def _optional(self, name: str) -> Array | None:
         return self.array(name) if self.checkpoint.has(name) else None

@@ -56,6 +56,7 @@ class PendingStep:
     logprobs: HostCopy | None = None  # rows as of `latest`, if anybody wants them
     prompt_logprobs: HostCopy | None = None  # of prompt_parts, one after another
     prompt_parts: list[PromptPart] = field(default_factory=list)
+    num_saturated: HostCopy | None = None  # of `DecoderModel`, after the step
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,13 @@ class ModelRunner:
         largest = [shapes[-1] for shapes in self._shapes.values() if shapes]
         return [self._capture_pass(replace(shape, adjusts=adjusts)) for shape in largest for adjusts in (False, True)]
 
+    def reset_counters(self) -> None:
+        """What was computed up to now was for nobody."""
+        if self.model.num_saturated is not None:
+            zero = self.kernels.host_buffer((1,), np.int64)
+            self.kernels.copy_to_device(zero, self.model.num_saturated)
+            self.kernels.to_host(self.model.num_saturated)  # `zero` stays until it has arrived
+
     @property
     def num_graphs(self) -> int:
         """That `capture` makes."""
@@ -151,6 +159,7 @@ class ModelRunner:
         start_to_host = self.kernels.start_to_host
         parts = prompt_parts(batch)
         num_parts_tokens = sum(part.num_tokens for part in parts)
+        num_saturated = self.model.num_saturated
         step = PendingStep(
             batch,
             start_to_host(self._latest),
@@ -159,6 +168,7 @@ class ModelRunner:
             start_to_host(self._logprobs) if self._adjustments.wants_logprobs else None,
             start_to_host(self._prompt_logprobs[:num_parts_tokens]) if parts else None,
             parts,
+            None if num_saturated is None else start_to_host(num_saturated),
         )
         self._advance(batch)
         return step

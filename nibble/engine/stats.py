@@ -30,6 +30,7 @@ class EngineStats:
     num_cache_queries: int = 0
     num_cache_hits: int = 0
     num_nonfinite_logits: int = 0
+    num_saturated_kv: int = 0  # numbers of keys and values beyond the range of their channel
     num_draft_tokens: int = 0  # verified
     num_accepted_tokens: int = 0  # ... and right
     wait_s: float = 0.0  # how long the host has waited for the device, in all steps together

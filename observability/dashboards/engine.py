@@ -158,6 +158,12 @@ PAGE = Page(
                     is_stacked=True,
                 ),
                 Graph(
+                    "Saturated numbers",
+                    "Of keys and values, beyond the range that their channel had in calibration.",
+                    "none",
+                    (Query(_rate("nibble_saturated_kv_total"), "saturated"),),
+                ),
+                Graph(
                     "Memory of the device",
                     "",
                     "bytes",

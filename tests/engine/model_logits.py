@@ -17,7 +17,7 @@ from nibble.engine.llm_engine import LLMEngine
 from nibble.engine.model import DecoderModel, ForwardBatch
 from nibble.engine.protocol import GenerationRequest, SamplingParams
 from nibble.kernels.interface import AttentionBatch, Kernels, Mode
-from nibble.kernels.layout import BLOCK_SIZE, KVDtype, KVLayout
+from nibble.kernels.layout import BLOCK_SIZE, KVDtype
 
 Logits = npt.NDArray[np.float32]
 
@@ -78,7 +78,7 @@ def all_logits(
     """Logits of every position, computed in chunks over a KV cache whose blocks are in a shuffled order."""
     checkpoint = load_checkpoint(directory)
     config = checkpoint.config
-    layout = KVLayout(config.num_kv_heads, config.head_dim, kv_dtype)
+    layout = checkpoint.description.kv_layout(kv_dtype)
     model = DecoderModel(config, kernels, checkpoint, layout)
     num_blocks = num_blocks_for(len(ids)) + 2
     table = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from channel_checkpoint import calibrated_ids, make_channel_checkpoint, with_scales
 from model_logits import (
     TEXT,
     TINY_SHAPES,
@@ -30,6 +32,7 @@ from transformers import LlamaForCausalLM
 from nibble.engine.limits import EngineLimits, SpeculationMethod
 from nibble.engine.llm_engine import LLMEngine
 from nibble.engine.protocol import GenerationRequest, SamplingParams
+from nibble.engine.quantize.options import Method
 from nibble.engine.speculative import Speculation
 from nibble.kernels.interface import Mode
 from nibble.kernels.layout import KVDtype
@@ -115,6 +118,42 @@ def test_demo_model_gives_the_logits_of_transformers(
     )
     assert error < 3 * half_error + max_error
     assert divergence < 3 * half_kl + mean_kl
+
+
+@pytest.fixture(scope="module")
+def channel_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_channel_checkpoint(tmp_path_factory.mktemp("channel"), Method.RTN)
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_static_scales_of_keys_and_values_serve_as_well_as_those_of_tokens(
+    channel_checkpoint: Path, kernels: CUDAKernels, mode: Mode
+) -> None:
+    ids, chunks = calibrated_ids(channel_checkpoint), [70, 1, 1, 78]
+    exact = all_logits(channel_checkpoint, kernels, ids, KVDtype.FP16, mode, chunks)
+    served = all_logits(channel_checkpoint, kernels, ids, KVDtype.INT8, mode, chunks)
+    assert 0 < kl_divergence(exact, served).mean() < 1e-4
+
+
+def test_what_saturates_is_counted_in_prompts_and_captured_steps(
+    tmp_path: Path, channel_checkpoint: Path, kernels: CUDAKernels
+) -> None:
+    ids = calibrated_ids(channel_checkpoint)
+    counts = []
+    for factor in (4, 0.01):
+        directory = with_scales(channel_checkpoint, tmp_path / str(factor), factor)
+        engine = LLMEngine.from_checkpoint(directory, kernels, LIMITS)
+        generate(engine, [ids[:100]], 1)
+        after_prompt = engine.stats.num_saturated_kv
+        generate(engine, [ids[:100]], 20)
+        counts.append((after_prompt, engine.stats.num_saturated_kv - 2 * after_prompt, engine.config))
+        del engine
+        gc.collect()
+    (nothing, nothing_later, config), (of_prompt, of_steps, _) = counts
+    token_values = config.num_layers * 2 * config.num_kv_heads * config.head_dim
+    assert nothing == nothing_later == 0
+    assert 0.5 * 100 * token_values < of_prompt <= 100 * token_values
+    assert 0.5 * 19 * token_values < of_steps <= 20 * token_values  # the step that is launched before the end is known
 
 
 def test_greedy_tokens_are_those_of_the_cpu_but_for_near_ties(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from gguf_files import TinyGGUF, write_tiny_gguf
 from hf_models import random_hf_model, save_hf_model
@@ -63,13 +64,16 @@ def test_weights_are_those_of_the_checkpoints_that_are_made(tmp_path: Path, sour
     assert model.weight_bytes == weight_bytes(checkpoint.description)
 
 
-def test_buffers_and_kv_cache_are_what_a_runner_allocates(tmp_path: Path, source: Path) -> None:
-    convert_checkpoint(open_source(source), tmp_path, silent)
+@pytest.mark.parametrize("dtype", KVDtype)
+def test_buffers_and_kv_cache_are_what_a_runner_allocates(tmp_path: Path, source: Path, dtype: KVDtype) -> None:
+    original, channels = open_source(source), None
+    if dtype is KVDtype.INT8_CHANNEL:
+        shape = KVLayout(original.config.num_kv_heads, original.config.head_dim, dtype).channels_shape
+        channels, dtype = [np.ones(shape, np.float32)] * original.config.num_layers, KVDtype.INT8
+    convert_checkpoint(original, tmp_path, silent, channels)
     checkpoint, kernels = load_checkpoint(tmp_path), CountingKernels()
-    config = checkpoint.config
-    layout = KVLayout(config.num_kv_heads, config.head_dim, KVDtype.FP16)
-    model = DecoderModel(config, kernels, checkpoint, layout)
-    memory = estimate(checkpoint.description, KVDtype.FP16, 2 * GIB, max_num_sequences=5, max_num_batched_tokens=70)
+    model = DecoderModel.load(kernels, checkpoint, dtype)
+    memory = estimate(checkpoint.description, dtype, 2 * GIB, max_num_sequences=5, max_num_batched_tokens=70)
     runner = ModelRunner(kernels, model, num_blocks=memory.num_tokens // 64, max_sequences=5, max_tokens=70)
     assert runner.kv_cache.nbytes == memory.kv_cache_bytes
     assert kernels.num_bytes - runner.kv_cache.nbytes == memory.buffer_bytes

@@ -8,8 +8,9 @@ becomes INT8 where the model is quantised. What became of which types is logged.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nibble.engine.checkpoint.hf_config import write_hf_config
 from nibble.engine.checkpoint.native import write_checkpoint
 from nibble.engine.checkpoint.row_formats import GROUP_SIZE, common_format, round_to_int8, to_format
 from nibble.engine.checkpoint.schema import FORMAT_VERSION, Description, LinearFormat, linear_sizes
-from nibble.engine.checkpoint.source import Float16Rows, Int4Rows, RowFormat, Rows, Source
+from nibble.engine.checkpoint.source import Float16Rows, Floats, Int4Rows, RowFormat, Rows, Source
 from nibble.engine.model_config import ModelConfig
 from nibble.kernels.pack import interleave_gate_up, pack_int4
 
@@ -55,8 +56,10 @@ class _Linear:
     is_reread: bool = False
 
 
-def convert_checkpoint(source: Source, out_dir: Path, progress: Progress) -> None:
-    """Write a native checkpoint into the existing directory `out_dir`.
+def convert_checkpoint(
+    source: Source, out_dir: Path, progress: Progress, kv_channels: Sequence[Floats] | None = None
+) -> None:
+    """Write a native checkpoint into the existing directory `out_dir`. kv_channels: those of `schema.py`, by layer.
 
     Raises CheckpointError, before anything is written where the model is not one that Nibble runs.
     """
@@ -70,11 +73,12 @@ def convert_checkpoint(source: Source, out_dir: Path, progress: Progress) -> Non
     write_checkpoint(
         out_dir,
         config,
-        _arrays(source, linears, progress),
+        chain(_arrays(source, linears, progress), _kv_channel_arrays(kv_channels or ())),
         int4=description.int4,
         int8=description.int8,
         float16=description.float16,
         ordered=description.ordered,
+        has_kv_channels=kv_channels is not None,
     )
     _log_summary(source, linears)
 
@@ -156,6 +160,11 @@ def _arrays(source: Source, linears: list[_Linear], progress: Progress) -> Itera
                 yield f"{prefix}.{which}_norm", source.floats(f"model.{prefix}.self_attn.{which}_norm.weight")
     yield "final_norm", source.floats("model.norm.weight")
     progress("converting the weights", 1.0)
+
+
+def _kv_channel_arrays(kv_channels: Sequence[Floats]) -> Iterator[tuple[str, Floats]]:
+    for index, parameters in enumerate(kv_channels):
+        yield f"layers.{index}.kv_channels", parameters
 
 
 def _linear_arrays(source: Source, linear: _Linear) -> Iterator[tuple[str, npt.NDArray[Any]]]:

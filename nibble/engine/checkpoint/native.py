@@ -76,6 +76,9 @@ def load_checkpoint(directory: Path) -> Checkpoint:
         order = file.array(f"{name}.order")
         if not np.array_equal(np.sort(order), np.arange(len(order))):
             raise NativeFormatError(f"{path}: tensor {name}.order is not an order of {len(order)} columns")
+    for name in expected:
+        if name.endswith(".kv_channels"):
+            _check_channels(file.array(name), f"{path}: tensor {name}")
     return Checkpoint(description, file)
 
 
@@ -88,6 +91,7 @@ def write_checkpoint(
     int8: Mapping[str, LinearFormat],
     float16: Iterable[str] = (),
     ordered: Iterable[str] = (),
+    has_kv_channels: bool = False,
 ) -> None:
     """Write `model.safetensors` into an existing directory. `arrays` yields each tensor once, in any order.
 
@@ -101,6 +105,7 @@ def write_checkpoint(
         int8=dict(int8),
         float16=tuple(float16),
         ordered=tuple(ordered),
+        has_kv_channels=has_kv_channels,
     )
     metadata = {"format": "nibble", METADATA_KEY: msgspec.json.encode(description).decode()}
     write_safetensors(directory / WEIGHTS_FILE, tensor_specs(description), metadata, arrays)
@@ -119,6 +124,14 @@ def _read_description(file: SafetensorsFile, path: Path) -> Description:
         return msgspec.json.decode(text, type=Description)
     except (msgspec.DecodeError, RecursionError) as error:
         raise NativeFormatError(f"{path}: the metadata's {METADATA_KEY!r} entry: {error}") from None
+
+
+def _check_channels(parameters: npt.NDArray[np.float32], name: str) -> None:
+    """Kernels divide by the scales."""
+    if not np.isfinite(parameters).all():
+        raise NativeFormatError(f"{name} has numbers that are infinite or NaN")
+    if not (parameters[:, :, 0] > 0).all():
+        raise NativeFormatError(f"{name} has a scale of {parameters[:, :, 0].min()}, expected more than 0")
 
 
 def _check_tensor(file: SafetensorsFile, name: str, expected: TensorSpec, path: Path) -> None:

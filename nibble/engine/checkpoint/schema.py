@@ -7,6 +7,8 @@ Writer and reader both check against this. Symbols: H hidden size, I intermediat
     layers.{i}.qkv           linear (all q heads, k heads, v heads; H), rows of q and k in rotate-half order
     layers.{i}.qkv.bias      float32, where the model has attention biases
     layers.{i}.q_norm, layers.{i}.k_norm    float32 (head_dim,), where the model normalises the heads of q and k
+    layers.{i}.kv_channels   float32 (num_kv_heads, 2, 2, head_dim), scales and zeros of int8-channel KV blocks
+                             (`kernels/layout.py`), where keys and values were calibrated
     layers.{i}.o             linear (H, num_heads * head_dim)
     layers.{i}.gate_up       linear (2 I, H), rows interleaved as `kernels/layout.py` says
     layers.{i}.down          linear (H, I)
@@ -28,7 +30,7 @@ import msgspec
 
 from nibble.engine.checkpoint.errors import NativeFormatError
 from nibble.engine.model_config import ModelConfig
-from nibble.kernels.layout import GATE_UP_INTERLEAVE, GROUP_SIZES, int4_num_bytes
+from nibble.kernels.layout import GATE_UP_INTERLEAVE, GROUP_SIZES, KVDtype, KVLayout, int4_num_bytes
 
 HEAD_DIM_STEP, MAX_HEAD_DIM = 32, 256  # what attention kernels may have; a backend may have fewer
 FORMAT_VERSION = 1  # part of the conversion cache's key: raise it whenever a file written before would be read wrongly
@@ -51,6 +53,13 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     int8: dict[str, LinearFormat]
     float16: tuple[str, ...] = ()
     ordered: tuple[str, ...] = ()  # linears whose columns are in an order of their own
+    has_kv_channels: bool = False
+
+    def kv_layout(self, dtype: KVDtype) -> KVLayout:
+        """Of a KV cache of this type; INT8 is by channel where the channels are known."""
+        if dtype is KVDtype.INT8 and self.has_kv_channels:
+            dtype = KVDtype.INT8_CHANNEL
+        return KVLayout(self.config.num_kv_heads, self.config.head_dim, dtype)
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,8 @@ def _specs(description: Description) -> Iterator[tuple[str, TensorSpec]]:
             yield f"{name}.order", TensorSpec("I32", size[1:])
         if stem == "qkv" and config.attention_bias:
             yield f"{name}.bias", TensorSpec("F32", (config.qkv_features,))
+        if stem == "qkv" and description.has_kv_channels:
+            yield f"{prefix}.kv_channels", TensorSpec("F32", description.kv_layout(KVDtype.INT8).channels_shape)
         if stem == "qkv" and config.qk_norm:
             yield f"{prefix}.q_norm", TensorSpec("F32", (config.head_dim,))
             yield f"{prefix}.k_norm", TensorSpec("F32", (config.head_dim,))

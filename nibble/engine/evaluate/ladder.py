@@ -37,7 +37,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Rung:
-    name: str
+    weights: str
     checkpoint: Path
     kv_dtype: KVDtype
 
@@ -66,7 +66,7 @@ class Settings:
 
 def rungs_of(pair: Pair) -> list[Rung]:
     return [
-        Rung(f"{weights} + {kv_dtype}", checkpoint, kv_dtype)
+        Rung(weights, checkpoint, kv_dtype)
         for weights, checkpoint in (("fp16", pair.reference), ("int4", pair.quantized))
         for kv_dtype in (KVDtype.FP16, KVDtype.INT8)
     ]
@@ -175,7 +175,7 @@ def _measures(
         tokens_that_fit = max(estimate(description, rung.kv_dtype, settings.gpu_memory_bytes).num_tokens, 0)
     layout = _layout(rung, checkpoint)
     return Measures(
-        name=rung.name,
+        name=f"{rung.weights} + {layout.dtype}",
         quality=quality,
         generation_agreement=agreement(reference, generation.token_ids),
         weight_bytes=weight_bytes(description),
@@ -187,4 +187,4 @@ def _measures(
 
 
 def _layout(rung: Rung, checkpoint: Checkpoint) -> KVLayout:
-    return KVLayout(checkpoint.config.num_kv_heads, checkpoint.config.head_dim, rung.kv_dtype)
+    return checkpoint.description.kv_layout(rung.kv_dtype)

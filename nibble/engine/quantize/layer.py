@@ -27,6 +27,7 @@ from nibble.engine.quantize.decoder import (
 )
 from nibble.engine.quantize.gptq import damped, gptq
 from nibble.engine.quantize.grid import QuantizedMatrix, fitting_group_size, minmax_grid, round_to_nearest, search_grid
+from nibble.engine.quantize.kv_channels import KVObserver
 from nibble.engine.quantize.options import Method
 from nibble.engine.quantize.statistics import ChannelStatistics, gram
 
@@ -124,11 +125,14 @@ class LayerQuantizer:
         exact = lowered(layer, self._dtype)
         actual = dict(exact)  # linears become what they are quantised to, one after the other
         result = QuantizedLayer({}, _rest(layer), scales)
-        observer = _KVObserver(self._config, exact["q"].device)
+        observer = KVObserver(self._config, exact["q"].device)
         for key, names in INPUTS.items():
-            self.exact.advance(exact, key, observer)
+            if key == "o" and self.actual is self.exact:
+                for h in self.exact.h:
+                    o_input(actual, h, self._config, observer)
+            self.exact.advance(exact, key)
             if self.actual is not self.exact:
-                self.actual.advance(actual, key)
+                self.actual.advance(actual, key, observer)
             result.statistics |= _input_statistics(key, self.exact.h)
             w = torch.cat([layer[name] for name in names])
             parts = self._quantize(w).split([len(layer[name]) for name in names])
@@ -143,6 +147,8 @@ class LayerQuantizer:
 
     def _quantize(self, w: Tensor) -> QuantizedMatrix:
         """All that read the same input as one matrix."""
+        if self._method is Method.RTN:
+            return round_to_nearest(w, minmax_grid(w, fitting_group_size(self._group_size, w.shape[1])))
         hessian = sum((gram(h) for h in self.actual.h), torch.zeros(()).to(w.device))
         hessian = damped(hessian, HESSIAN_DAMPING)
         grid = search_grid(w, fitting_group_size(self._group_size, w.shape[1]), hessian)
@@ -151,27 +157,6 @@ class LayerQuantizer:
     def _search_batch(self) -> Tensor:
         x = self.exact.x[0]
         return x[: max(1, SEARCH_TOKENS // x.shape[1])]
-
-
-class _KVObserver:
-    """A KVTransform that changes nothing."""
-
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        shape = (config.num_kv_heads, config.head_dim)
-        self._statistics = {name: ChannelStatistics(shape, device) for name in ("keys", "values")}
-
-    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self._statistics["keys"].add(k.transpose(1, 2))  # (B, T, kv heads, D)
-        self._statistics["values"].add(v.transpose(1, 2))
-        return k, v
-
-    def results(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{measure}": values
-            for name, statistics in self._statistics.items()
-            for measure, values in statistics.results().items()
-            if measure in ("min", "max", "absmax")
-        }
 
 
 def _input_statistics(key: str, batches: list[Tensor]) -> dict[str, Tensor]:

@@ -27,9 +27,20 @@ class Method(StrEnum):
         except ValueError:
             raise OptionError(f"the method must be one of {', '.join(cls)} (got {name!r})") from None
 
-    @property
-    def is_calibrated(self) -> bool:
-        return self is not Method.RTN
+
+class KVScales(StrEnum):
+    """Of an INT8 KV cache. token: found while serving. channel: calibrated, stored in the checkpoint."""
+
+    TOKEN = "token"
+    CHANNEL = "channel"
+
+    @classmethod
+    def named(cls, name: str) -> KVScales:
+        """Raises OptionError."""
+        try:
+            return cls(name)
+        except ValueError:
+            raise OptionError(f"the KV cache's scales must be of a token or a channel (got {name!r})") from None
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,11 @@ class Options:
     num_sequences: int = 128
     sequence_tokens: int = 512
     device: str | None = None
+    kv: KVScales = KVScales.TOKEN
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.method is not Method.RTN or self.kv is KVScales.CHANNEL
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUP_SIZES:

@@ -21,19 +21,20 @@ from nibble.engine.checkpoint.convert import Progress, convert_checkpoint
 from nibble.engine.checkpoint.errors import UnsupportedModelError
 from nibble.engine.checkpoint.safetensors_file import write_safetensors
 from nibble.engine.checkpoint.schema import TensorSpec, linear_sizes
-from nibble.engine.checkpoint.source import Source, open_source
+from nibble.engine.checkpoint.source import Floats, Source, open_source
 from nibble.engine.model_config import ModelConfig
 from nibble.engine.quantize.calibration import DEFAULT_TEXT, read_texts, token_sequences
 from nibble.engine.quantize.decoder import read_layer
 from nibble.engine.quantize.errors import OptionError, OutputError
+from nibble.engine.quantize.kv_channels import kv_channels
 from nibble.engine.quantize.layer import LayerQuantizer, round_layer
-from nibble.engine.quantize.options import Options
+from nibble.engine.quantize.options import KVScales, Options
 from nibble.engine.quantize.quantized_source import QuantizedSource
 from nibble.engine.quantize.work_files import WorkFiles
 from nibble.kernels.layout import GROUP_SIZES
 
 STATISTICS_FILE = "calibration.safetensors"
-WORK_VERSION = 1  # raise it whenever layers finished before would not be finished the same way
+WORK_VERSION = 2  # raise it whenever layers finished before would not be finished the same way
 _BATCH_TOKENS = 4096
 
 logger = logging.getLogger(__name__)
@@ -51,13 +52,13 @@ def quantize(path: Path, out: Path, options: Options, progress: Progress) -> Non
     out.parent.mkdir(parents=True, exist_ok=True)
     work_directory = out.with_name(out.name + ".quantizing")
     with exclusive(out, lambda: progress("waiting for another process that writes there", 0.0)), torch.inference_mode():
-        ids = _calibration_ids(source, options) if options.method.is_calibrated else None
+        ids = _calibration_ids(source, options) if options.is_calibrated else None
         _prepare(work_directory, _identity(path, options, ids))
         work = WorkFiles(work_directory)
         _quantize_layers(source, work, ids, options, progress)
         with partial_directory(out) as directory:
-            convert_checkpoint(QuantizedSource(source, work), directory, progress)
-            if options.method.is_calibrated:
+            convert_checkpoint(QuantizedSource(source, work), directory, progress, _kv_channels(source, work, options))
+            if options.is_calibrated:
                 _write_statistics(directory / STATISTICS_FILE, work, source.config)
             publish(directory, out)
         shutil.rmtree(work_directory)
@@ -132,6 +133,12 @@ def _precision(device: torch.device) -> torch.dtype:
     except OSError:
         has_units = False
     return torch.bfloat16 if has_units else torch.float32
+
+
+def _kv_channels(source: Source, work: WorkFiles, options: Options) -> list[Floats] | None:
+    if options.kv is KVScales.TOKEN:
+        return None
+    return [kv_channels(work.statistics(index)) for index in range(source.config.num_layers)]
 
 
 def _write_statistics(path: Path, work: WorkFiles, config: ModelConfig) -> None:

@@ -201,6 +201,11 @@ class WorkerMetrics(Collector):
         """The broker's counts are the deployment's; each goes to one worker, so their sum over workers is right."""
         for name, text, value in (
             ("nibble_nonfinite_logits_total", "Requests ended by NaN or Inf logits.", self._stats.num_nonfinite_logits),
+            (
+                "nibble_saturated_kv_total",
+                "Numbers of keys and values beyond their channel's range (`quantize --kv channel`).",
+                self._stats.num_saturated_kv,
+            ),
             ("nibble_recovered_requests_total", "Requests queued again: their worker was lost.", self.recovered),
             ("nibble_fenced_appends_total", "Appends refused: another worker has the request by now.", self.fenced),
             ("nibble_quarantined_requests_total", "Requests given up after too many lost workers.", self.quarantined),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from nibble.engine.checkpoint.safetensors_file import SafetensorsFile, write_saf
 from nibble.engine.checkpoint.schema import Description, LinearFormat, TensorSpec, tensor_specs
 from nibble.engine.model_config import ModelConfig, RopeConfig
 from nibble.kernels.interface import Int4Weight, Int8Weight
+from nibble.kernels.layout import KVLayout
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +186,31 @@ def test_an_order_that_is_none_is_refused(directory: Path, tmp_path: Path, order
         ordered=["layers.0.o"],
     )
     with pytest.raises(NativeFormatError, match=r"tensor layers\.0\.o\.order is not an order of 160 columns"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ((0, 1, 1, 5), np.nan, "numbers that are infinite or NaN"),
+        ((0, 0, 0, 5), np.inf, "numbers that are infinite or NaN"),
+        ((0, 1, 0, 5), 0.0, "a scale of 0.0, expected more than 0"),
+        ((0, 0, 0, 7), -0.5, "a scale of -0.5, expected more than 0"),
+    ],
+)
+def test_channels_that_are_none_are_refused(
+    directory: Path, tmp_path: Path, place: tuple[int, ...], value: float, message: str
+) -> None:
+    checkpoint, description = load_checkpoint(directory), described(directory)
+    arrays = [(name, checkpoint.array(name)) for name in checkpoint.names]
+    layout = KVLayout(checkpoint.config.num_kv_heads, checkpoint.config.head_dim)
+    channels = [np.ones(layout.channels_shape, np.float32) for _ in range(checkpoint.config.num_layers)]
+    channels[-1][place] = value
+    arrays += [(f"layers.{index}.kv_channels", each) for index, each in enumerate(channels)]
+    write_checkpoint(
+        tmp_path, checkpoint.config, arrays, int4=description.int4, int8=description.int8, has_kv_channels=True
+    )
+    with pytest.raises(NativeFormatError, match=re.escape(f"layers.{len(channels) - 1}.kv_channels has {message}")):
         load_checkpoint(tmp_path)
 
 

@@ -20,7 +20,7 @@ from nibble.engine.evaluate.checkpoints import Pair, make_pair
 from nibble.engine.evaluate.ladder import Measures, Settings, measure, recommended, rungs_of
 from nibble.engine.evaluate.report import cells, to_html, to_json
 from nibble.engine.evaluate.speed import agreement
-from nibble.engine.quantize.options import Method, Options
+from nibble.engine.quantize.options import KVScales, Method, Options
 from nibble.engine.quantize.quantize import quantize
 from nibble.kernels.cpu.backend import CPUKernels
 from nibble.kernels.pack import deinterleave_gate_up
@@ -36,7 +36,7 @@ def silent(stage: str, done: float) -> None:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     directory = tmp_path_factory.mktemp("ladder")
     source = save_hf_model(random_hf_model("llama"), directory / "source")
-    options = Options(Method.RTN, group_size=32, device="cpu")
+    options = Options(Method.RTN, group_size=32, num_sequences=8, sequence_tokens=128, device="cpu")
     return make_pair(source, None, directory / "cache", lambda out: quantize(source, out, options, silent), silent)
 
 
@@ -58,6 +58,18 @@ def test_each_rung_costs_quality_and_saves_bytes(results: list[Measures]) -> Non
     assert kv.kv_token_bytes == both.kv_token_bytes < 0.6 * reference.kv_token_bytes
     assert all(each.tokens_per_s_alone > 0 and each.tokens_per_s_batch > 0 for each in results)
     assert 0 < (reference.tokens_that_fit or 0) <= (both.tokens_that_fit or 0)
+
+
+def test_a_cache_by_channel_is_named_and_counted(tmp_path: Path, pair: Pair, results: list[Measures]) -> None:
+    source = save_hf_model(random_hf_model("llama"), tmp_path / "source")
+    options = Options(Method.RTN, 32, num_sequences=8, sequence_tokens=128, device="cpu", kv=KVScales.CHANNEL)
+    quantize(source, tmp_path / "out", options, silent)
+    rungs = rungs_of(Pair(pair.reference, tmp_path / "out"))
+    by_channel = measure(rungs, SEQUENCES, CPUKernels(), Settings(generated_tokens=8), silent)
+    assert [each.name for each in by_channel] == ["fp16 + fp16", "fp16 + int8", "int4 + fp16", "int4 + int8-channel"]
+    assert by_channel[3].kv_token_bytes == by_channel[2].kv_token_bytes / 2
+    assert by_channel[3].kv_token_bytes < results[3].kv_token_bytes
+    assert by_channel[3].quality.mean_kl == pytest.approx(by_channel[2].quality.mean_kl, rel=0.5)
 
 
 def test_divergence_of_weights_is_that_of_the_dequantised_model(pair: Pair, results: list[Measures]) -> None:
