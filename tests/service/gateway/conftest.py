@@ -142,16 +142,20 @@ def _serving(gateway: Gateway) -> Iterator[str]:
         create_app(gateway), loop="uvloop", http="httptools", ws="none", log_config=None, access_log=False
     )
     server = GatewayServer(config, gateway)
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        thread = threading.Thread(target=lambda: runner.run(server.serve(sockets=[listener])))
-        thread.start()
-        try:
-            _wait_until_up(server, thread)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(timeout=20)
-        assert not thread.is_alive(), "the gateway did not stop"
+
+    def serve() -> None:  # the loop lives in this thread alone: the test's own may run one
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            runner.run(server.serve(sockets=[listener]))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        _wait_until_up(server, thread)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+    assert not thread.is_alive(), "the gateway did not stop"
     listener.close()
 
 
