@@ -99,7 +99,7 @@ def _call_delta(call: CallDelta) -> dict[str, Any]:
 
 def _message(answer: Answer) -> dict[str, Any]:
     content = None if answer.calls and not answer.content else answer.content
-    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
     if answer.reasoning:
         message |= {"reasoning_content": answer.reasoning, "reasoning": answer.reasoning}
     if answer.calls:
