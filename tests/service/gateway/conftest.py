@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import re
 import secrets
@@ -18,10 +19,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import tool_cases
 import uvicorn
 from small_models import byte_level_tokenizer, sentencepiece_tokenizer, write_model
 from synthetic_worker import SyntheticWorker
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from nibble.engine.protocol import GenerationRequest
 from nibble.service.broker.embedded import EmbeddedValkey
@@ -78,6 +80,22 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory, byte_level: Tokenizer) -
 @pytest.fixture(scope="session")
 def served_model(model_dir: Path) -> ServedModel:
     return load_served_model(model_dir)
+
+
+@pytest.fixture(scope="module", params=["markers are tokens", "markers are text"])
+def tool_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    tokenizer = byte_level_tokenizer()
+    if request.param == "markers are tokens":
+        tokenizer.add_special_tokens([AddedToken(marker, special=True) for marker in tool_cases.MARKERS[2:]])
+        tokenizer.add_tokens([AddedToken(marker, special=False) for marker in tool_cases.MARKERS[:2]])
+    directory = write_model(tmp_path_factory.mktemp("tools") / "small", tokenizer, "<|im_end|>")
+    return dataclasses.replace(load_served_model(directory), context_length=tool_cases.ROOM)
+
+
+@pytest.fixture(scope="module")
+def chatml(model_dir: Path) -> ServedModel:
+    """Its template knows no tools."""
+    return dataclasses.replace(load_served_model(model_dir), context_length=tool_cases.ROOM)
 
 
 @pytest.fixture(scope="session")
