@@ -22,6 +22,7 @@ import numpy as np
 from nibble.engine.checkpoint.errors import GGUFError, SourceError, UnsupportedModelError
 from nibble.engine.checkpoint.ggml_types import DEQUANTIZABLE, GGML_TYPES, Bytes, Floats, GGMLType, dequantize
 from nibble.engine.checkpoint.metadata import Metadata, MetadataValue
+from nibble.engine.checkpoint.tensor_names import name_problem
 
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
@@ -218,6 +219,9 @@ def _read_tensor_directory(cursor: _Cursor, count: int, alignment: int) -> dict[
         cursor.reading = f"tensor {name[:100]!r}"
         if name in entries:
             raise cursor.error("the name occurs twice")
+        problem = name_problem(name)
+        if problem:
+            raise cursor.error(problem)
         entries[name] = _read_tensor_entry(cursor, alignment)
     data_start = -(-cursor.position // alignment) * alignment
     tensors = {}

@@ -11,6 +11,7 @@ Source: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import os
@@ -25,9 +26,12 @@ import numpy.typing as npt
 
 from nibble.engine.checkpoint.errors import ConversionError, SafetensorsError
 from nibble.engine.checkpoint.schema import TensorSpec
+from nibble.engine.checkpoint.tensor_names import name_problem
 
 ALIGNMENT = 64  # bytes
 MAX_HEADER_BYTES = 100_000_000  # the safetensors package's own limit
+MAX_DIMENSIONS = 8  # far from NumPy's 64
+_MAX_ENTRY_BYTES = 1000  # of JSON: eight dimensions of 20 digits take 300
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -58,23 +62,11 @@ class SafetensorsFile:
         self._map = _map_file(path)
         header, data_start = _read_header(self._map, path.name)
         self.metadata = _pop_metadata(header, path.name)
-        self.specs: dict[str, TensorSpec] = {}
-        self._starts: dict[str, int] = {}
-        for name, raw in header.items():
-            entry = _read_entry(raw, len(self._map) - data_start, f"{path.name}: tensor {name[:100]}")
-            if not name.startswith(_PADDING_PREFIX):
-                self.specs[name] = TensorSpec(entry.dtype, entry.shape)
-                self._starts[name] = data_start + entry.data_offsets[0]
-        self._check_overlaps(path.name)
-
-    def _check_overlaps(self, source: str) -> None:
-        previous_end, previous_name = 0, ""
-        for name, start in sorted(self._starts.items(), key=lambda item: item[1]):
-            if start < previous_end:
-                raise SafetensorsError(
-                    f"{source}: tensor {name[:100]}: its data overlaps that of {previous_name[:100]}"
-                )
-            previous_end, previous_name = start + _num_bytes(self.specs[name]), name
+        entries = {name: _read_entry(name, raw, len(self._map) - data_start, path.name) for name, raw in header.items()}
+        _check_extents(entries, len(self._map) - data_start, path.name)
+        entries = {name: entry for name, entry in entries.items() if not name.startswith(_PADDING_PREFIX)}
+        self.specs = {name: TensorSpec(entry.dtype, entry.shape) for name, entry in entries.items()}
+        self._starts = {name: data_start + entry.data_offsets[0] for name, entry in entries.items()}
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """A read-only view of the map."""
@@ -160,10 +152,14 @@ def _read_header(data: mmap.mmap, source: str) -> tuple[dict[str, msgspec.Raw], 
     (header_bytes,) = struct.unpack_from("<Q", data, 0)
     if header_bytes > min(MAX_HEADER_BYTES, len(data) - 8):
         raise SafetensorsError(f"{source}: the header of {header_bytes} bytes does not fit the file of {len(data)}")
+    text = data[8 : 8 + header_bytes]
     try:
-        header = msgspec.json.decode(data[8 : 8 + header_bytes], type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        header = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        num_names = json.loads(text, object_pairs_hook=len)  # repeated ones included
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise SafetensorsError(f"{source}: the header is not valid JSON: {error}") from None
+    if len(header) < num_names:
+        raise SafetensorsError(f"{source}: the header has a name twice")
     return header, 8 + header_bytes
 
 
@@ -174,16 +170,42 @@ def _pop_metadata(header: dict[str, msgspec.Raw], source: str) -> dict[str, str]
         raise SafetensorsError(f"{source}: __metadata__: {error}") from None
 
 
-def _read_entry(raw: msgspec.Raw, data_bytes: int, reading: str) -> _Entry:
+def _read_entry(name: str, raw: msgspec.Raw, data_bytes: int, source: str) -> _Entry:
+    problem = name_problem(name)
+    if problem:
+        raise SafetensorsError(f"{source}: tensor {name[:100]!r}: {problem}")
+    reading = f"{source}: tensor {name}"
+    if len(bytes(raw)) > _MAX_ENTRY_BYTES:
+        raise SafetensorsError(f"{reading}: {len(bytes(raw))} bytes describe it, the limit is {_MAX_ENTRY_BYTES}")
     try:
         entry = msgspec.json.decode(raw, type=_Entry)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SafetensorsError(f"{reading}: {error}") from None
     if entry.dtype not in _DTYPES:
         raise SafetensorsError(f"{reading}: dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}")
+    if len(entry.shape) > MAX_DIMENSIONS:
+        raise SafetensorsError(f"{reading}: {len(entry.shape)} dimensions, the limit is {MAX_DIMENSIONS}")
     start, end = entry.data_offsets
     if not 0 <= start <= end <= data_bytes:
         raise SafetensorsError(f"{reading}: bytes {start} to {end} are not within the {data_bytes} of the data")
     if any(size < 0 for size in entry.shape) or _num_bytes(TensorSpec(entry.dtype, entry.shape)) != end - start:
         raise SafetensorsError(f"{reading}: {end - start} bytes do not hold {entry.dtype} {list(entry.shape)}")
     return entry
+
+
+def _check_extents(entries: Mapping[str, _Entry], data_bytes: int, source: str) -> None:
+    """Raise unless every byte belongs to one tensor, as the format demands."""
+    previous_end, previous_name = 0, ""
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        start, end = entry.data_offsets
+        if start < previous_end:
+            raise SafetensorsError(f"{source}: tensor {name}: its data overlaps that of {previous_name}")
+        if start > previous_end:
+            raise _unowned(source, previous_end, start)
+        previous_end, previous_name = end, name
+    if previous_end < data_bytes:
+        raise _unowned(source, previous_end, data_bytes)
+
+
+def _unowned(source: str, start: int, end: int) -> SafetensorsError:
+    return SafetensorsError(f"{source}: bytes {start} to {end} of the data belong to no tensor")

@@ -117,6 +117,11 @@ MALFORMED = {
     "past the end": (gguf_bytes([], [F32_4], bytes(15)), "'w': it ends at byte 80, but the file has 79"),
     "far offset": (gguf_bytes([], [tensor("w", (4,), 0, 1 << 62)], bytes(16)), "is the file truncated?"),
     "overlap": (gguf_bytes([], [tensor("v", (64,), 0, 0), F32_4], bytes(256)), "overlaps that of"),
+    "long name": (gguf_bytes([], [tensor("w" * 257, (4,), 0, 0)], bytes(64)), "its name has 257 characters, the limit"),
+    "strange name": (
+        gguf_bytes([], [tensor("w\x1b[2J", (4,), 0, 0)], bytes(64)),
+        "'w\\x1b[2J': its name has characters",
+    ),
     "name twice": (gguf_bytes([], [F32_4, F32_4], bytes(64)), "tensor 'w': the name occurs twice"),
 }
 

@@ -95,6 +95,8 @@ def entry(dtype: str = "F32", shape: list[int] | None = None, start: int = 0, en
     return {"w": {"dtype": dtype, "shape": [4] if shape is None else shape, "data_offsets": [start, end]}}
 
 
+TWICE = b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[16,32]},' + msgspec.json.encode(entry(end=16))[1:]
+
 MALFORMED = {
     "empty": (b"", "empty"),
     "short": (b"\0" * 7, "only 7 bytes"),
@@ -112,6 +114,13 @@ MALFORMED = {
     "size": (raw_file(entry(shape=[5])), "tensor w: 16 bytes do not hold F32 [5]"),
     "negative shape": (raw_file(entry(shape=[-2, -2])), "tensor w: 16 bytes do not hold F32 [-2, -2]"),
     "huge shape": (raw_file(entry(shape=[1 << 62, 1 << 62, 4])), "tensor w: 16 bytes do not hold"),
+    "many dimensions": (raw_file(entry(shape=[1] * 9, end=4)), "tensor w: 9 dimensions, the limit is 8"),
+    "long entry": (raw_file(entry(shape=[1 << 62] * 50)), "bytes describe it, the limit is 1000"),
+    "long name": (raw_file({"w" * 257: entry()["w"]}), "its name has 257 characters, the limit is 256"),
+    "strange name": (raw_file({"w\x1b[2J": entry()["w"]}), "tensor 'w\\x1b[2J': its name has characters that cannot"),
+    "name twice": (raw_file(TWICE), "the header has a name twice"),
+    "gap": (raw_file(entry(start=16, end=32)), "bytes 0 to 16 of the data belong to no tensor"),
+    "tail": (raw_file(entry(end=16)), "bytes 16 to 64 of the data belong to no tensor"),
     "missing field": (raw_file({"w": {"dtype": "F32"}}), "tensor w: Object missing required field"),
     "unknown field": (raw_file({"w": {**entry()["w"], "x": 1}}), "tensor w: Object contains unknown field"),
 }
