@@ -11,7 +11,7 @@ from __future__ import annotations
 from nibble.engine.checkpoint.errors import GGUFError, UnsupportedModelError
 from nibble.engine.checkpoint.gguf import GGUFFile
 from nibble.engine.checkpoint.metadata import Metadata
-from nibble.engine.checkpoint.schema import config_problem
+from nibble.engine.checkpoint.schema import config_problem, head_dim_problem
 from nibble.engine.model_config import ModelConfig, RopeConfig
 from nibble.engine.rope import yarn_attention_factor, yarn_divisors
 
@@ -87,6 +87,10 @@ def read_config(file: GGUFFile) -> ModelConfig:
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"{source}: architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)}"
+        )
+    if (metadata.integer("split.count") or 1) > 1:
+        raise UnsupportedModelError(
+            f"{source}: is one of {metadata['split.count']} files; join them first: llama-gguf-split --merge"
         )
     keys = _Keys(metadata, architecture, source)
     keys.refuse_unknown()
@@ -170,7 +174,7 @@ class _Keys:
 
     def positive(self, suffix: str, default: float) -> float:
         value = self.number(suffix, default)
-        if not 0 < value < 1e6:
+        if not 1e-6 < value < 1e6:
             raise self.metadata.out_of_range(self.name(suffix), "a positive number")
         return value
 
@@ -183,6 +187,9 @@ def _head_dim(keys: _Keys, default: int) -> int:
             raise UnsupportedModelError(
                 f"{keys.source}: {keys.name(suffix)} is {found}, but only the head dimension ({head_dim}) is supported"
             )
+    problem = head_dim_problem(head_dim)
+    if problem:
+        raise GGUFError(f"{keys.source}: {problem}")
     return head_dim
 
 

@@ -14,7 +14,7 @@ from nibble.engine.checkpoint.errors import ConversionError, GGUFError, SourceEr
 from nibble.engine.checkpoint.gguf import MAGIC, GGUFFile
 from nibble.engine.checkpoint.gguf_metadata import gguf_name, read_config
 from nibble.engine.checkpoint.gguf_rows import read_rows, row_format
-from nibble.engine.checkpoint.source import Floats, RowFormat, Rows, layer_shapes, select_rows, tensor_shapes
+from nibble.engine.checkpoint.source import Floats, RowFormat, Rows, select_rows, tensor_shapes
 from nibble.engine.checkpoint.tokenizer import read_tokenizer
 from nibble.engine.model_config import ModelConfig
 
@@ -71,7 +71,6 @@ class GGUFSource:
 
     def _check_tensors(self) -> None:
         """Raise unless the file holds exactly the tensors of such a model, in the right shapes."""
-        self._check_layer_count()
         expected = {gguf_name(name): shape for name, shape in tensor_shapes(self.config).items()}
         if self.config.rope.frequency_divisors is not None and "rope_freqs.weight" in self._file.tensors:
             expected["rope_freqs.weight"] = (self.config.head_dim // 2,)
@@ -82,12 +81,6 @@ class GGUFSource:
         for name in self._file.tensors:
             if name not in expected:
                 raise UnsupportedModelError(f"{self.label}: tensor {name} belongs to a feature that is not supported")
-
-    def _check_layer_count(self) -> None:
-        """Before a hostile number of layers is unrolled."""
-        names = [gguf_name(f"model.layers.{self.config.num_layers - 1}.{name}") for name in layer_shapes(self.config)]
-        for name in names:
-            self._file.tensor(name)
 
 
 def is_gguf(path: Path) -> bool:

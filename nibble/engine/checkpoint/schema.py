@@ -22,7 +22,6 @@ The description says which is which. A linear whose columns are in another order
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,6 +32,8 @@ from nibble.engine.model_config import ModelConfig
 from nibble.kernels.layout import GATE_UP_INTERLEAVE, GROUP_SIZES, KVDtype, KVLayout, int4_num_bytes
 
 HEAD_DIM_STEP, MAX_HEAD_DIM = 32, 256  # what attention kernels may have; a backend may have fewer
+MAX_LAYERS = 1 << 14  # a sane bound, a hundred times what models have: tensors are listed layer by layer
+_ROPE_NUMBERS = (1e-18, 1e18)  # a sane bound, within which no power or quotient of them overflows
 FORMAT_VERSION = 1  # part of the conversion cache's key: raise it whenever a file written before would be read wrongly
 
 
@@ -96,12 +97,13 @@ def config_problem(config: ModelConfig) -> str | None:
     """Why no model can have this configuration, or None."""
     counts = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
     for name in (*counts, "max_context_tokens"):
-        if not 0 < getattr(config, name) < 1 << 31:
-            return f"{name} is {getattr(config, name)}"
+        limit = MAX_LAYERS if name == "num_layers" else (1 << 31) - 1
+        if not 0 < getattr(config, name) <= limit:
+            return f"{name} is {getattr(config, name)}, expected 1 to {limit}"
     if config.num_heads % config.num_kv_heads:
         return f"num_heads {config.num_heads} is not a multiple of num_kv_heads {config.num_kv_heads}"
-    if config.head_dim % HEAD_DIM_STEP or config.head_dim > MAX_HEAD_DIM:
-        return f"head_dim {config.head_dim} is not a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
+    if head_dim_problem(config.head_dim):
+        return head_dim_problem(config.head_dim)
     if config.sliding_window is not None and config.sliding_window < 1:
         return f"sliding_window is {config.sliding_window}"
     if config.intermediate_size % GATE_UP_INTERLEAVE:
@@ -114,12 +116,19 @@ def config_problem(config: ModelConfig) -> str | None:
     return _rope_problem(config)
 
 
+def head_dim_problem(head_dim: int) -> str | None:
+    """Part of `config_problem`, for those who compute with it before there is a configuration."""
+    if head_dim < 1 or head_dim % HEAD_DIM_STEP or head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim} is not a multiple of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM}"
+    return None
+
+
 def _rope_problem(config: ModelConfig) -> str | None:
     divisors = config.rope.frequency_divisors
     if divisors is not None and len(divisors) != config.head_dim // 2:
         return f"{len(divisors)} rope frequency divisors, expected {config.head_dim // 2}"
     for number in (config.rope.theta, config.rope.linear_factor, config.rope.attention_factor, *(divisors or ())):
-        if not (number > 0 and math.isfinite(number)):
+        if not _ROPE_NUMBERS[0] < number < _ROPE_NUMBERS[1]:
             return f"rope has the number {number}, expected finite positive ones"
     return None
 

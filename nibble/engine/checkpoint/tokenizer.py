@@ -26,6 +26,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.
 _SPACE = "▁"  # how SentencePiece spells a space
 _NAMED_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
+MAX_TOKEN_LENGTH = 4096  # characters; taking a token apart costs the square of them
+
 logger = logging.getLogger(__name__)
 
 
@@ -72,6 +74,11 @@ class _Vocabulary:
         if len(self.ids) != len(tokens):
             twice = next(token for i, token in enumerate(tokens) if self.ids[token] != i)
             raise GGUFError(f"{source}: tokenizer.ggml.tokens has {twice[:100]!r} twice")
+        longest = max(tokens, key=len, default="")
+        if len(longest) > MAX_TOKEN_LENGTH:
+            raise GGUFError(
+                f"{source}: tokenizer.ggml.tokens has one of {len(longest)} characters, the limit is {MAX_TOKEN_LENGTH}"
+            )
         self.types = self._numbers("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
         self.named = {name: self._named_token(key) for name, key in _NAMED_TOKENS.items()}
 

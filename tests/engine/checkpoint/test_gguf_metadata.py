@@ -42,6 +42,22 @@ def drop_tensor(name: str) -> Edit:
 
 
 FLOAT, STRING, BOOL = gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.STRING, gguf.GGUFValueType.BOOL
+DOUBLE = gguf.GGUFValueType.FLOAT64
+
+
+def yarn(key: str, value: float) -> Edit:
+    def edit(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(4.0)
+        set_key(f"llama.rope.scaling.{key}", value, DOUBLE)(writer)
+
+    return edit
+
+
+def huge_heads(writer: gguf.GGUFWriter) -> None:
+    yarn("yarn_beta_slow", 1.0)(writer)
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        set_key(f"llama.{key}", (1 << 31) - 2)(writer)
 
 
 def test_every_number_of_the_model_is_read(tmp_path: Path) -> None:
@@ -127,13 +143,17 @@ def test_keys_for_absent_features_are_accepted(tmp_path: Path) -> None:
         (set_key("llama.context_length", "long", STRING), GGUFError, "context_length is 'long', expected one integer"),
         (set_key("llama.context_length", 0), GGUFError, "llama.context_length is 0, expected a positive number"),
         (set_key("llama.block_count", 3), GGUFError, "tensor blk.2.attn_norm.weight is missing"),
-        (set_key("llama.block_count", (1 << 31) - 1), GGUFError, "tensor blk.2147483646.attn_norm.weight is"),
+        (set_key("llama.block_count", (1 << 31) - 1), GGUFError, "num_layers is 2147483647, expected 1 to 16384"),
         (set_key("llama.block_count", 1), UnsupportedModelError, "tensor blk.1.attn_norm.weight belongs to a feature"),
         (set_key("llama.attention.head_count_kv", 3), GGUFError, "num_heads 4 is not a multiple of num_kv_heads 3"),
         (set_key("llama.attention.head_count", 8), GGUFError, "blk.0.attn_q.weight has shape [128, 64], expected [256"),
         (set_key("llama.embedding_length", 96), GGUFError, "tensor token_embd.weight has shape"),
         (set_key("llama.rope.freq_base", float("nan"), FLOAT), GGUFError, "rope has the number nan"),
         (set_key("tokenizer.ggml.eos_token_id", 9999), GGUFError, "special token id 9999 is not in the vocabulary"),
+        (set_key("llama.rope.freq_base", 1e-320, DOUBLE), GGUFError, "rope has the number 1e-320, expected"),
+        (yarn("yarn_beta_fast", 1e-310), GGUFError, "rope.scaling.yarn_beta_fast is 1e-310, expected a positive"),
+        (huge_heads, GGUFError, "head_dim 2147483646 is not a multiple of 32 up to 256"),
+        (set_key("split.count", 3), UnsupportedModelError, "is one of 3 files; join them first"),
         (drop_tensor("blk.1.ffn_up.weight"), GGUFError, "tensor blk.1.ffn_up.weight is missing"),
         (drop_tensor("output_norm.weight"), GGUFError, "tensor output_norm.weight is missing"),
     ],

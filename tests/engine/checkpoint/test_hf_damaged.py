@@ -83,18 +83,24 @@ _VALUES = st.one_of(
 )
 
 
+_ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast")
+
+
 @settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_other_values_in_the_configuration(tiny: tuple[Path, dict[str, bytes]], data: Any) -> None:
+@given(
+    place=st.sampled_from(["", "quantization_config", "rope_parameters"]),
+    rope_type=st.sampled_from(["linear", "dynamic", "llama3", "yarn", "default"]),
+    edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), _VALUES), min_size=1, max_size=4),
+)
+def test_other_values_in_the_configuration(
+    tiny: tuple[Path, dict[str, bytes]], place: str, rope_type: str, edits: list[tuple[float, Any]]
+) -> None:
     config = json.loads(tiny[1][CONFIG])
-    place = data.draw(st.sampled_from(["", "quantization_config", "rope_parameters"]))
+    config["rope_parameters"]["rope_type"] = rope_type
     section = config[place] if place else config
-    kinds = ["linear", "dynamic", "llama3", "yarn", "default"]
-    keys = [*section, "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast"]
-    if place == "rope_parameters":
-        section["rope_type"] = data.draw(st.sampled_from(kinds))
-    for key in data.draw(st.lists(st.sampled_from(sorted(keys)), min_size=1, max_size=4)):
-        section[key] = data.draw(_VALUES)
+    keys = sorted({*section, *_ROPE_KEYS})
+    for share, value in edits:
+        section[keys[int(share * len(keys))]] = value
     convert(tiny, config=json.dumps(config).encode())
 
 

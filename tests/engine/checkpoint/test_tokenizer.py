@@ -233,6 +233,10 @@ def duplicate_token(writer: gguf.GGUFWriter) -> None:
     writer.kv_data[0]["tokenizer.ggml.tokens"].value[7] = "<unk>"
 
 
+def long_token(writer: gguf.GGUFWriter) -> None:
+    writer.kv_data[0]["tokenizer.ggml.tokens"].value[7] = "a" * 4097
+
+
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
@@ -244,6 +248,7 @@ def duplicate_token(writer: gguf.GGUFWriter) -> None:
         (set_value("ggml.token_type", [1, 1]), GGUFError, "token_type is an array of 2 int32 numbers, expected one"),
         (set_value("ggml.unknown_token_id", 5000), GGUFError, "unknown_token_id is 5000, expected an id below"),
         (drop("ggml.bos_token_id"), GGUFError, "said to add a bos or eos token, but none is named"),
+        (long_token, GGUFError, "tokenizer.ggml.tokens has one of 4097 characters, the limit is 4096"),
         (duplicate_token, GGUFError, "tokenizer.ggml.tokens has '<unk>' twice"),
     ],
 )
