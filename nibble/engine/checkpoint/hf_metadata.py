@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from nibble.engine.checkpoint.errors import SourceError, UnsupportedModelError
-from nibble.engine.checkpoint.schema import config_problem
+from nibble.engine.checkpoint.schema import config_problem, head_dim_problem
 from nibble.engine.model_config import ARCHITECTURES, ModelConfig, RopeConfig
 from nibble.engine.rope import llama3_divisors, yarn_attention_factor, yarn_divisors
 
@@ -29,6 +29,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "auto_map": (None,),  # code of the model's own
 }
 _MAX_JSON_BYTES = 64 << 20
+_QWEN3_HEAD_DIM = 128  # of a configuration that leaves it out
 _DEFAULT_WINDOW = 4096  # of a configuration that leaves it out; null says that there is none
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,12 @@ def read_hf_config(directory: Path) -> ModelConfig:
         )
     _refuse_options(keys)
     num_heads, hidden_size = keys.count("num_attention_heads"), keys.count("hidden_size")
-    head_dim = keys.count("head_dim", default=hidden_size // num_heads)
+    head_dim = keys.count(
+        "head_dim", default=_QWEN3_HEAD_DIM if architecture == "qwen3" else max(1, hidden_size // num_heads)
+    )
+    problem = head_dim_problem(head_dim)
+    if problem:
+        raise SourceError(f"{path}: {problem}")
     context_tokens, rope = _read_rope(keys, head_dim)
     config = ModelConfig(
         architecture=architecture,
@@ -114,7 +120,7 @@ class _Keys:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e18:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-18 < value < 1e18:
             raise self.error(key, "a positive number")
         return float(value)
 
@@ -164,7 +170,7 @@ def _sliding_window(keys: _Keys, architecture: str) -> int | None:
 def _read_rope(keys: _Keys, head_dim: int) -> tuple[int, RopeConfig]:
     """(the longest context, the rotation). Before `transformers` 5 the two keys had other names."""
     context_tokens = keys.count("max_position_embeddings")
-    section = keys.section("rope_parameters" if "rope_parameters" in keys.values else "rope_scaling")
+    section = _rope_section(keys)
     if "partial_rotary_factor" in section.values and section.number("partial_rotary_factor") != 1.0:
         raise UnsupportedModelError(f"{section.source}: the model option partial_rotary_factor is not supported")
     theta = section.number("rope_theta", default=keys.number("rope_theta", default=10000.0))
@@ -183,6 +189,24 @@ def _read_rope(keys: _Keys, head_dim: int) -> tuple[int, RopeConfig]:
     if kind == "yarn":
         return _yarn(section, theta, head_dim, context_tokens)
     raise UnsupportedModelError(f"{section.source}: rope_type {kind!r} is not supported")
+
+
+def _rope_section(keys: _Keys) -> _Keys:
+    """The newer of the two, unless they contradict each other: programs differ in which one they then believe."""
+    new, old = keys.section("rope_parameters"), keys.section("rope_scaling")
+    for section in (new, old):
+        if any(isinstance(value, dict) for value in section.values.values()):
+            raise UnsupportedModelError(f"{section.source}: layers with different rotations are not supported")
+    if new.values and old.values and _rope_scaling(new) != _rope_scaling(old):
+        raise SourceError(f"{keys.source}: rope_parameters and rope_scaling contradict each other: remove one")
+    return new if new.values else old
+
+
+def _rope_scaling(section: _Keys) -> dict[str, Any]:
+    """Without what need not be in both, under the newer name."""
+    kind = section.values.get("rope_type", section.values.get("type", "default"))
+    rest = {key: value for key, value in section.values.items() if key not in ("rope_type", "type", "rope_theta")}
+    return rest | {"rope_type": kind}
 
 
 def _llama3(section: _Keys, theta: float, head_dim: int) -> tuple[float, ...]:

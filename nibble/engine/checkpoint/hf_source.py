@@ -32,7 +32,6 @@ from nibble.engine.checkpoint.source import (
     Floats,
     RowFormat,
     Rows,
-    layer_shapes,
     select_rows,
     tensor_shapes,
 )
@@ -59,7 +58,10 @@ class HuggingFaceSource:
         packing = self._packing_of(name)
         if packing is None:
             return self._shards.floats(name, rows)
-        values = dequantize_rows(select_rows(self.rows(name), rows))
+        with np.errstate(invalid="ignore"):
+            values = dequantize_rows(select_rows(self.rows(name), rows))
+        if not np.isfinite(values).all():
+            raise ConversionError(f"{self.label}: tensor {name} has weights that are infinite, NaN or beyond fp16")
         order = self.column_order(name)
         return values if order is None else values[:, np.argsort(order)]
 
@@ -123,17 +125,26 @@ class HuggingFaceSource:
 
     def _checked_shapes(self) -> dict[str, tuple[int, ...]]:
         """What the model's tensors are, all of which and no others are there."""
-        for name in layer_shapes(self.config):  # before a hostile number of layers is unrolled
-            name = f"model.layers.{self.config.num_layers - 1}.{name}"
-            if self._packing_of(name) is None:
-                self._shards.spec(name)
         shapes, expected = tensor_shapes(self.config), set()
         for name, shape in shapes.items():
             expected |= self._check_packed(name, shape) if self._packing_of(name) else self._check_float(name, shape)
         for name in self._shards.names:
             if name not in expected and not self._is_void(name):
                 raise UnsupportedModelError(f"{self.label}: tensor {name} belongs to a feature that is not supported")
+        self._check_tied_head()
         return shapes
+
+    def _check_tied_head(self) -> None:
+        """A head that is stored although it is said to be the embedding has to be that: which one is meant is not
+        known, and `transformers` has changed its mind about it."""
+        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        if not self.config.tie_word_embeddings or not self._shards.has(head):
+            return
+        if not self._shards.is_same(embedding, head):
+            raise SourceError(
+                f"{self.label}: tensor {head} is not {embedding}, though config.json says that they are one: "
+                "tie_word_embeddings has to be false, or the head has to go"
+            )
 
     def _check_float(self, name: str, shape: tuple[int, ...]) -> set[str]:
         self._check_spec(name, Tensor(FLOAT_DTYPES, shape))

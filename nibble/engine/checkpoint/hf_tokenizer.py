@@ -18,7 +18,9 @@ def write_hf_tokenizer(source: Path, target: Path) -> None:
         values["chat_template"] = _read_text(template)
     elif (source / "chat_template.json").is_file():
         values["chat_template"] = read_json(source / "chat_template.json").get("chat_template")
-    read_json(source / "tokenizer.json")  # damaged ones are refused here, not by every gateway
+    tokenizer = read_json(source / "tokenizer.json")  # damaged ones are refused here, not by every gateway
+    if not isinstance(tokenizer.get("model"), dict):
+        raise SourceError(f"{source / 'tokenizer.json'}: model is missing or not an object")
     write_file(target / "tokenizer.json", (source / "tokenizer.json").read_bytes())
     write_json(target / "tokenizer_config.json", values)
 

@@ -81,6 +81,8 @@ def _compressed_tensors(options: _Options) -> Packing:
     sparsity = options.values.get("sparsity_config")
     if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
         raise options.refusal("sparsity_config", "none")
+    if options.values.get("transform_config"):  # rotations of activations at run time
+        raise options.refusal("transform_config", "none")
     groups = options.values.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1 or not isinstance(next(iter(groups.values())), dict):
         raise options.refusal("config_groups", "one group")

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from nibble.engine.checkpoint.errors import ConversionError, SourceError
 from nibble.engine.checkpoint.hf_metadata import read_json
+from nibble.engine.checkpoint.row_formats import chunks_of
 from nibble.engine.checkpoint.safetensors_file import SafetensorsFile
 from nibble.engine.checkpoint.schema import TensorSpec
 from nibble.engine.checkpoint.source import Floats
@@ -61,6 +62,13 @@ class Shards:
         if not np.isfinite(values).all():
             raise ConversionError(f"{self.label}: tensor {name} has numbers that are infinite or NaN")
         return values
+
+    def is_same(self, name: str, other: str) -> bool:
+        """Whether two matrices have the same finite numbers, whatever their types are."""
+        shape = self.spec(name).shape
+        if self.spec(other).shape != shape:
+            return False
+        return all(np.array_equal(self.floats(name, rows), self.floats(other, rows)) for rows in chunks_of(*shape))
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from architectures import LLAMA3, YARN
 from hf_models import random_hf_model, save_hf_model
 from transformers import AutoConfig, AutoTokenizer
 
@@ -29,6 +30,31 @@ def test_every_tensor_has_the_numbers_of_the_model(tmp_path: Path, dtype: str, o
     assert set(ours) == set(state)
     for name, values in ours.items():
         np.testing.assert_array_equal(values, state[name], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_scaling_may_be_stated_under_its_old_and_its_new_name(tmp_path: Path, kind: str) -> None:
+    model = random_hf_model("llama", rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 5e4})
+    save_hf_model(model, tmp_path)
+    both = open_source(tmp_path).config
+    set_option(rope_scaling={kind: "linear", "factor": 4.0})(tmp_path)
+    assert open_source(tmp_path).config == both
+    set_option(rope_parameters=None, rope_theta=5e4)(tmp_path)
+    assert open_source(tmp_path).config == both
+    assert (both.rope.linear_factor, both.rope.theta) == (4.0, 5e4)
+
+
+def test_a_tied_head_may_be_stored_too(tmp_path: Path) -> None:
+    save_hf_model(random_hf_model("llama", tie_word_embeddings=True), tmp_path)
+    embedding = "model.embed_tokens.weight"
+    edit_tensors(lambda t: t.update({"lm_head.weight": t[embedding].float().clone()}))(tmp_path)
+    assert set(dict(floating_tensors(open_source(tmp_path)))) >= {embedding}
+
+
+def test_a_head_dimension_that_is_left_out_is_the_architectures(tmp_path: Path) -> None:
+    save_hf_model(random_hf_model("qwen3", head_dim=128), tmp_path)
+    edit_json("config.json", lambda config: config.pop("head_dim"))(tmp_path)
+    assert open_source(tmp_path).config.head_dim == AutoConfig.from_pretrained(tmp_path).head_dim == 128
 
 
 def test_some_rows_of_a_matrix_can_be_read(tmp_path: Path) -> None:
@@ -76,6 +102,13 @@ def test_tokenizer_and_chat_template_go_along(tmp_path: Path, place: str) -> Non
     assert ours("true {12é").input_ids == theirs("true {12é").input_ids
     messages = [{"role": "user", "content": "Hi"}]
     assert ours.apply_chat_template(messages, tokenize=False) == "«Hi»"
+
+
+def test_a_tokenizer_without_a_model_is_an_error(tmp_path: Path) -> None:
+    source = open_source(save_hf_model(random_hf_model("llama"), tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"tokenizer\.json: model is missing or not an object"):
+        source.write_tokenizer(tmp_path)
 
 
 def test_a_chat_template_that_is_no_text_is_an_error(tmp_path: Path) -> None:
@@ -128,7 +161,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
         (
             set_option(num_hidden_layers=(1 << 31) - 1),
             SourceError,
-            "layers.2147483646.input_layernorm.weight is missing",
+            "num_layers is 2147483647, expected 1 to 16384",
         ),
         (
             set_option(model_type="qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1),
@@ -140,6 +173,31 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
             set_option(rope_parameters={"rope_type": "longrope"}),
             UnsupportedModelError,
             "rope_parameters: rope_type 'longrope' is not supported",
+        ),
+        (
+            set_option(head_dim=(1 << 31) - 2, rope_parameters={"rope_type": "llama3", **LLAMA3}),
+            SourceError,
+            "head_dim 2147483646 is not a multiple of 32 up to 256",
+        ),
+        (
+            set_option(rope_parameters={**YARN, "rope_theta": 1e4, "beta_fast": 1e-310}),
+            SourceError,
+            "rope_parameters: beta_fast is '1e-310', expected a positive number",
+        ),
+        (
+            set_option(rope_scaling={"type": "linear", "factor": 4.0}),
+            SourceError,
+            "rope_parameters and rope_scaling contradict each other",
+        ),
+        (
+            set_option(rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 1e6}}),
+            UnsupportedModelError,
+            "rope_parameters: layers with different rotations are not supported",
+        ),
+        (
+            set_option(tie_word_embeddings=True),
+            SourceError,
+            "tensor lm_head.weight is not model.embed_tokens.weight, though config.json says that they are one",
         ),
         (
             set_option(rope_parameters={"rope_type": "linear"}),

@@ -18,7 +18,7 @@ from packed_models import Quantized, Tensors, awq, compressed_tensors, gptq, gpt
 from transformers import PreTrainedModel
 
 from nibble.engine.checkpoint.convert import convert_checkpoint
-from nibble.engine.checkpoint.errors import CheckpointError, SourceError, UnsupportedModelError
+from nibble.engine.checkpoint.errors import CheckpointError, ConversionError, SourceError, UnsupportedModelError
 from nibble.engine.checkpoint.native import load_checkpoint
 from nibble.engine.checkpoint.source import open_source
 from nibble.kernels.cpu.backend import CPUKernels
@@ -153,6 +153,20 @@ def test_the_older_file_for_options_is_read(tmp_path: Path) -> None:
     np.testing.assert_allclose(source.floats(name), quantized[name].weights(), rtol=0, atol=1e-3)
 
 
+def test_reordered_linears_that_fp16_does_not_hold_are_refused(tmp_path: Path) -> None:
+    """Their rows have orders of their own, which makes them INT8."""
+    save("gptq, act-order", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    up = "model.layers.0.mlp.up_proj"
+    tensors[f"{up}.g_idx"] = tensors[f"{up}.g_idx"].flip(0).contiguous()
+    tensors[f"{up}.scales"] = tensors[f"{up}.scales"].float() * 1e6
+    safetensors.torch.save_file(tensors, path)
+    (tmp_path / "native").mkdir()
+    with pytest.raises(ConversionError, match=f"tensor {up}.weight has weights that are infinite, NaN or beyond fp16"):
+        convert_checkpoint(open_source(tmp_path), tmp_path / "native", lambda stage, done: None)
+
+
 Tensor = dict[str, torch.Tensor]
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -220,6 +234,10 @@ def test_what_does_not_fit_is_refused_by_name(
         ({**AWQ_CONFIG, "zero_point": False}, "zero_point False is not supported, only True"),
         ({**compressed_config(), "format": "marlin-24"}, "format 'marlin-24' is not supported, only 'pack-quantized'"),
         ({**compressed_config(), "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme {'num_bits': 8} is not supp"),
+        (
+            {**compressed_config(), "transform_config": {"config_groups": {"R3": {}}}},
+            "transform_config {'config_groups'",
+        ),
         ({**compressed_config(), "config_groups": {}}, "config_groups {} is not supported, only one group"),
         (compressed_config(num_bits=8), "weights: num_bits 8 is not supported, only 4"),
         (compressed_config(type="float"), "weights: type 'float' is not supported, only 'int'"),
