@@ -24,7 +24,7 @@ _SUPPORTED = "supported are a GGUF file, a Hugging Face directory and a director
 _HUGGING_FACE_PATTERNS = ("*.json", "*.jinja", "*.safetensors")
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 16 << 10  # 1 MiB of each file: some milliseconds, however large it is
-_MAX_STEM_LENGTH = 100
+_MAX_STEM_BYTES = 100  # a file name has at most 255, and suffixes follow
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ def is_native(source: Path) -> bool:
 
 
 def _name_of(source: Path) -> str:
-    return (source.stem if source.is_file() else source.resolve().name)[:_MAX_STEM_LENGTH]
+    name = source.stem if source.is_file() else source.resolve().name
+    return name.encode()[:_MAX_STEM_BYTES].decode(errors="ignore")
 
 
 def _identity(source: Path) -> str:

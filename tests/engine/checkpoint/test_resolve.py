@@ -52,6 +52,11 @@ def test_a_file_is_converted_once_and_its_directory_resolves_to_itself(source: P
     assert resolve_checkpoint(directory, cache, never) == directory
 
 
+def test_a_long_name_in_any_script_is_cut(source: Path, cache: Path) -> None:
+    path = source.rename(source.with_name("模" * 80 + ".gguf"))
+    assert load_checkpoint(resolve_checkpoint(path, cache, quiet)).config.hidden_size == 64
+
+
 def test_a_hugging_face_directory_is_converted_once(tmp_path: Path, cache: Path) -> None:
     source = save_hf_model(random_hf_model("llama"), tmp_path / "author" / "some-model")
     directory = resolve_checkpoint(source, cache, quiet)
