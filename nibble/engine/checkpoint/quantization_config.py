@@ -65,14 +65,26 @@ def _awq(options: _Options) -> Packing:
     options = _Options(values, options.source)
     options.require("bits", _BITS)
     options.require("version", "gemm", "GEMM", None)
-    options.require("zero_point", True, None)
+    options.require("zero_point", True, False, None)  # zeros are stored either way
     return AWQ(options.group_size())
 
 
 def _gptq(options: _Options) -> Packing:
     options.require("bits", _BITS)
     options.require("checkpoint_format", *_GPTQ_FORMATS, None)
+    _require_alike(options)
     return GPTQ(options.group_size(), _GPTQ_FORMATS[options.values.get("checkpoint_format") or "gptq"])
+
+
+def _require_alike(options: _Options) -> None:
+    """GPTQModel's `dynamic` has other options for linears by name, or none for those that are not quantised."""
+    dynamic = options.values.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        raise options.refusal("dynamic", "an object")
+    for pattern, changed in dynamic.items():
+        linears = _Options(changed if isinstance(changed, dict) else {}, f"{options.source}: dynamic {pattern[:80]!r}")
+        for key in ("bits", "group_size"):
+            linears.require(key, options.values.get(key), None)
 
 
 def _compressed_tensors(options: _Options) -> Packing:

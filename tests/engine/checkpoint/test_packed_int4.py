@@ -46,6 +46,7 @@ class Format:
 
 FORMATS = {
     "awq": Format(awq, AWQ_CONFIG, 64, model_type="qwen2"),
+    "awq, sym": Format(awq, {**AWQ_CONFIG, "zero_point": False}, 64, symmetric=True),
     "gptq, sym": Format(gptq, GPTQ_CONFIG, symmetric=True),
     "gptq, asym": Format(gptq, {**GPTQ_CONFIG, "checkpoint_format": "gptq"}),
     "gptq_v2, asym": Format(gptq_v2, {**GPTQ_CONFIG, "checkpoint_format": "gptq_v2"}),
@@ -231,7 +232,11 @@ def test_what_does_not_fit_is_refused_by_name(
     ("config", "message"),
     [
         ({**AWQ_CONFIG, "version": "gemv"}, "version 'gemv' is not supported, only 'gemm', 'GEMM'"),
-        ({**AWQ_CONFIG, "zero_point": False}, "zero_point False is not supported, only True"),
+        ({**AWQ_CONFIG, "zero_point": "no"}, "zero_point 'no' is not supported, only True, False"),
+        (
+            {**GPTQ_CONFIG, "dynamic": {"-:.*down.*": {}, "lm_head": {"bits": 8, "group_size": 32}}},
+            "dynamic 'lm_head': bits 8 is not supported, only 4",
+        ),
         ({**compressed_config(), "format": "marlin-24"}, "format 'marlin-24' is not supported, only 'pack-quantized'"),
         ({**compressed_config(), "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme {'num_bits': 8} is not supp"),
         (
