@@ -87,21 +87,19 @@ def chat(
 @app.command()
 def convert(
     model: Annotated[Path, typer.Argument(help="A GGUF file or a Hugging Face directory.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The native checkpoint directory to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The native checkpoint directory to make.")],
 ) -> None:
     """Convert a model to the native format. `nibble serve` does this by itself and keeps the result."""
     from rich.console import Console
 
-    from nibble.engine.checkpoint.convert import convert_checkpoint
     from nibble.engine.checkpoint.errors import CheckpointError
-    from nibble.engine.checkpoint.source import open_source
+    from nibble.engine.checkpoint.resolve import convert_model
     from nibble.service.launcher.model import progress_bar
 
     try:
-        output.mkdir(parents=True, exist_ok=True)
         with progress_bar(Console(stderr=True)) as report:
-            convert_checkpoint(open_source(model), output, report)
-    except (CheckpointError, OSError) as error:
+            convert_model(model, output, report)
+    except CheckpointError as error:
         _fail(str(error))
 
 

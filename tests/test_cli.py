@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from gguf_files import write_tiny_gguf
 
 
 def nibble(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -111,6 +112,16 @@ def test_convert_writes_a_native_directory(demo_gguf: Path, tmp_path: Path) -> N
     result = nibble("convert", str(demo_gguf), "--output", str(output))
     assert result.returncode == 0, result.stderr
     assert {"model.safetensors", "tokenizer.json", "config.json"} <= {path.name for path in output.iterdir()}
+
+
+def test_convert_writes_over_nothing(tmp_path: Path) -> None:
+    """Not over the model itself either."""
+    (tmp_path / "model").mkdir()
+    model = write_tiny_gguf(tmp_path / "model" / "tiny.gguf")
+    before = model.read_bytes()
+    result = nibble("convert", str(model), "-o", str(model.parent))
+    assert (result.returncode, model.read_bytes()) == (1, before)
+    assert result.stderr == f"nibble: {model.parent}: exists already\n"
 
 
 def test_convert_of_a_broken_file_is_one_line(tmp_path: Path) -> None:

@@ -43,17 +43,31 @@ def resolve_checkpoint(source: Path, cache_dir: Path, progress: Progress) -> Pat
         cache_dir.mkdir(parents=True, exist_ok=True)
         with exclusive(target, lambda: progress("waiting for another process that converts the model", 0.0)):
             if not _is_usable(target):
+                shutil.rmtree(target, ignore_errors=True)
                 _convert_into(target, source, progress)
     except OSError as error:
         raise ConversionError(f"{cache_dir}: the converted model cannot be stored: {error.strerror}") from error
     return target
 
 
+def convert_model(source: Path, target: Path, progress: Progress) -> None:
+    """Make the native directory `target`, which does not exist yet, of a model in another format: whole or not at all.
+
+    Raises CheckpointError.
+    """
+    if target.exists():
+        raise ConversionError(f"{target}: exists already")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(target, lambda: progress("waiting for another process that converts the model", 0.0)):
+            _convert_into(target, source, progress)
+    except OSError as error:
+        raise ConversionError(f"{target}: cannot be written: {error.strerror}") from error
+
+
 def _convert_into(target: Path, source: Path, progress: Progress) -> None:
     with partial_directory(target) as directory:
         convert_checkpoint(open_source(source), directory, progress)
-        if target.exists():  # found unusable
-            shutil.rmtree(target)
         publish(directory, target)
     logger.info("source=%s converted=%s", source, target)
 
