@@ -104,6 +104,24 @@ def convert(
 
 
 @app.command()
+def prepare(
+    output: Annotated[Path, typer.Argument(help="The link to make. What is fetched and converted lies beside it.")],
+    model: ModelOption = None,
+) -> None:
+    """Fetch and convert a model if need be, and make a link to it, for a gateway and workers that start then."""
+    from rich.console import Console
+
+    from nibble.service.launcher.errors import LaunchError
+    from nibble.service.launcher.model import prepare_model
+
+    try:
+        name = prepare_model(model, output, Console(stderr=True))
+    except LaunchError as error:
+        _fail(str(error))
+    typer.echo(f"{output}: {name}")
+
+
+@app.command()
 def quantize(
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a GGUF file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The native checkpoint directory to make.")],

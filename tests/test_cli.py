@@ -28,7 +28,7 @@ def test_help_names_every_command() -> None:
     for arguments in ((), ("--help",)):
         result = nibble(*arguments)
         assert result.returncode == 0
-        for command in ("serve", "chat", "convert", "quantize", "ladder", "plan", "version"):
+        for command in ("serve", "chat", "convert", "prepare", "quantize", "ladder", "plan", "version"):
             assert f" {command} " in result.stdout
 
 

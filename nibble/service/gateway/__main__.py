@@ -11,6 +11,7 @@ import math
 import signal
 import socket
 import sys
+from typing import NoReturn
 
 import uvicorn
 
@@ -48,6 +49,8 @@ class GatewayServer(uvicorn.Server):
 
 
 def main() -> int:
+    # As process 1 of a container there is no default that would end it while it loads.
+    signal.signal(signal.SIGTERM, _end_while_loading)
     try:
         settings = GatewaySettings.from_environment()
         logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -77,6 +80,10 @@ def main() -> int:
             signal.signal(number, server.handle_exit)  # uvicorn raises the signal again in the end: it must not kill us
         server.run(sockets=[listener])
     return 0
+
+
+def _end_while_loading(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _listen(host: str, port: int) -> socket.socket:

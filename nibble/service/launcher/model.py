@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,28 @@ def locate_model(source: Path | None, cache_dir: Path, console: Console) -> tupl
             return resolve_checkpoint(source, cache_dir, report), name
     except (CheckpointError, DemoModelError, HubModelError, OSError) as error:
         raise ModelNotFound(str(error)) from error
+
+
+def prepare_model(source: Path | None, output: Path, console: Console) -> str:
+    """Make `output` a link to the native directory of the model, and return a name for it. Raises ModelNotFound.
+
+    What is fetched and converted lies beside the link, which is replaced at once: a process that starts meanwhile finds
+    the old model or the new one. It is relative where it can be, as volumes are mounted under different paths.
+    """
+    if output.is_dir() and not output.is_symlink():
+        raise ModelNotFound(f"{output}: is a directory; name a path where a link to the model can be made")
+    parent = output.parent.absolute()
+    directory, name = locate_model(source, parent, console)
+    directory = directory.absolute()
+    target = directory.relative_to(parent) if directory.is_relative_to(parent) else directory
+    temporary = output.with_name(f".{output.name}-{os.getpid()}")
+    try:
+        temporary.unlink(missing_ok=True)  # of an earlier process with this number, as containers have them
+        temporary.symlink_to(target)
+        temporary.replace(output)
+    except OSError as error:
+        raise ModelNotFound(f"{output}: the link to the model cannot be made: {error.strerror}") from error
+    return name
 
 
 def model_name_of(source: Path) -> str:

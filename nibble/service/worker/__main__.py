@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import time
+from typing import NoReturn
 
 from nibble.engine.checkpoint.errors import CheckpointError
 from nibble.engine.errors import EngineError
@@ -25,12 +26,18 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
+    # As process 1 of a container there is no default that would end it, and loading may take minutes.
+    signal.signal(signal.SIGTERM, _end_while_loading)
     try:
         settings = WorkerSettings.from_environment()
         logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         _serve(settings)
     except (SettingsError, CheckpointError, EngineError, BrokerError, OSError) as error:
         sys.exit(f"nibble worker: {error}")
+
+
+def _end_while_loading(number: int, _frame: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _serve(settings: WorkerSettings) -> None:
