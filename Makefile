@@ -7,11 +7,11 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 SERVE_LOCKS := requirements/cpu.txt $(if $(filter-out 0,$(HAS_GPU)),requirements/cuda.txt)
 PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --no-emit-index-url \
-	--no-emit-find-links --strip-extras --allow-unsafe --build-deps-for editable
+	--no-emit-find-links --strip-extras --allow-unsafe
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve chat bench bench-gpu install dev check format test test-conformance test-dashboards test-gpu sanitize-gpu docs dashboards kernels lock clean
+.PHONY: help serve chat bench bench-gpu install dev check format test test-conformance test-compose test-dashboards test-images test-gpu sanitize-gpu docs dashboards kernels lock clean
 
 help: ## Show the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -52,6 +52,16 @@ test-conformance: $(VENV)/dev.stamp ## Clients and tools of others against the A
 test-dashboards: $(VENV)/dev.stamp ## Prometheus beside the live service: every panel and rule has data (apt install prometheus)
 	$(BIN)/python -m pytest -m dashboards $(ARGS)
 
+test-compose: $(VENV)/dev.stamp ## docker-compose.yml with a real Docker daemon: build, chat, kill, scale
+	@$(PIP) install -r requirements/deploy.txt
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/yamllint docker-compose.yml observability
+	$(BIN)/python -m pytest -m compose -k 'not cuda' $(ARGS) tests/compose
+
+test-images: $(VENV)/dev.stamp ## Build all images, the CUDA one too, and look into them
+	@$(PIP) install -r requirements/deploy.txt
+	$(BIN)/python -m pytest -m compose $(ARGS) tests/compose/test_images.py
+
 test-gpu: $(VENV)/dev.stamp ## The tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
@@ -73,10 +83,15 @@ kernels: $(VENV)/dev.stamp ## Compile the CUDA kernels for all architectures (no
 	$(BIN)/python -m nibble.kernels.cuda.build $(ARGS)
 
 lock: $(VENV)/dev.stamp ## Resolve pyproject.toml anew into requirements/*.txt
-	$(PIP_COMPILE) $(UPGRADE) -o requirements/dev.txt --extra gateway --extra worker-cpu --extra local --extra dev pyproject.toml
-	$(PIP_COMPILE) $(UPGRADE) -o requirements/cpu.txt -c requirements/dev.txt --extra gateway --extra worker-cpu --extra local pyproject.toml
-	$(PIP_COMPILE) $(UPGRADE) -o requirements/cuda.txt -c requirements/dev.txt --extra gateway --extra worker-cuda --extra local pyproject.toml
-	$(PIP_COMPILE) $(UPGRADE) -o requirements/conformance.txt -c requirements/dev.txt --extra gateway --extra worker-cpu --extra local --extra conformance pyproject.toml
+	$(PIP_COMPILE) $(UPGRADE) --build-deps-for editable -o requirements/dev.txt --extra gateway --extra worker-cpu --extra local --extra dev pyproject.toml
+	$(PIP_COMPILE) $(UPGRADE) --build-deps-for editable -o requirements/cpu.txt -c requirements/dev.txt --extra gateway --extra worker-cpu --extra local pyproject.toml
+	$(PIP_COMPILE) $(UPGRADE) --build-deps-for editable -o requirements/cuda.txt -c requirements/dev.txt --extra gateway --extra worker-cuda --extra local pyproject.toml
+	$(PIP_COMPILE) $(UPGRADE) --build-deps-for editable -o requirements/conformance.txt -c requirements/dev.txt --extra gateway --extra worker-cpu --extra local --extra conformance pyproject.toml
+	$(PIP_COMPILE) $(UPGRADE) -o requirements/deploy.txt -c requirements/dev.txt --extra deploy pyproject.toml
+	@# Of images: what one process imports, and what builds the package.
+	for process in gateway worker-cpu worker-cuda; do \
+		$(PIP_COMPILE) $(UPGRADE) -o requirements/$$process.txt -c requirements/dev.txt --extra $$process pyproject.toml || exit 1; done
+	$(PIP_COMPILE) $(UPGRADE) --only-build-deps --build-deps-for wheel -o requirements/build.txt -c requirements/dev.txt pyproject.toml
 	@# A CPU build of torch resolves to `2.13.0+cpu`, which only PyTorch's own index has; `==2.13.0` accepts it and any other build.
 	sed -i 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements/*.txt
 	@# Of NVIDIA's packages the development tools need the compiler alone, for the tests that compile every kernel.
