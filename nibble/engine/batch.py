@@ -22,6 +22,7 @@ class Chunk(NamedTuple):
     sequence: Sequence
     num_tokens: int
     num_samples: int
+    num_prompt_tokens: int = 0  # of the tokens
 
     @property
     def num_drafts(self) -> int:
@@ -30,10 +31,11 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step. Prompt tokens go through the throughput path, generated tokens through the batch-invariant one.
+    """One step. Prompt tokens go through the throughput path (PREFILL mode), but for the last few of a prompt on a
+    backend that is faster so (`Kernels.prefill_block_tokens`); they and generated tokens are computed in DECODE mode.
 
-    The split is by token, not by sequence: a resumed or preempted sequence recomputes its prompt in `prefill` and its
-    generated tokens in `decode`, with the same arithmetic as the first time, so that it goes on with the same tokens.
+    The split is by token, not by sequence: a resumed or preempted sequence recomputes each of its tokens with the same
+    arithmetic as the first time, so that it goes on with the same tokens.
     """
 
     prefill: list[Chunk]

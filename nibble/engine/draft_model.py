@@ -58,6 +58,7 @@ class DraftModel:
         self._num_ids = min(vocab_size, runner.model.config.vocab_size)  # either may have more, of no meaning
         self._max_context_tokens = runner.model.config.max_context_tokens
         self._max_prompt_tokens = max_prompt_tokens
+        self._block_tokens = runner.kernels.prefill_block_tokens
         self._mirrors: OrderedDict[Sequence, _Mirror] = OrderedDict()  # the least recently used first
 
     def propose(self, wishes: Mapping[Sequence, int]) -> list[list[int]]:
@@ -84,7 +85,9 @@ class DraftModel:
             return False
         mirror = self._mirrors.get(sequence)
         if mirror is None:
-            mirror = self._mirrors[sequence] = _Mirror(_mirrored(sequence, self._max_context_tokens))
+            mirror = self._mirrors[sequence] = _Mirror(
+                _mirrored(sequence, self._max_context_tokens, self._block_tokens)
+            )
         if max(token_ids[mirror.num_agreed :], default=0) >= self._num_ids:
             return False
         mirror.follow(token_ids)
@@ -139,7 +142,7 @@ def make_speculation(runner: ModelRunner, draft_runners: list[ModelRunner], limi
     return Speculation(drafter, limits.num_drafts, is_asynchronous, draft_cost)
 
 
-def _mirrored(sequence: Sequence, max_context_tokens: int) -> Sequence:
+def _mirrored(sequence: Sequence, max_context_tokens: int, prefill_block_tokens: int) -> Sequence:
     """The same request without what only its own model can do, and without an end."""
     sampling = sequence.request.sampling
     request = msgspec.structs.replace(
@@ -154,7 +157,7 @@ def _mirrored(sequence: Sequence, max_context_tokens: int) -> Sequence:
         ),
         grammar=None,
     )
-    return Sequence.start(request, [], max_context_tokens, 0.0)
+    return Sequence.start(request, [], max_context_tokens, 0.0, prefill_block_tokens)
 
 
 def check_same_tokenizer(tokenizer_file: Path, draft_tokenizer_file: Path) -> None:

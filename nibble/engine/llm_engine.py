@@ -111,7 +111,13 @@ class LLMEngine:
         Raises RequestError if it can never run here; nothing else is disturbed.
         """
         self._check(request, len(generated_token_ids))
-        sequence = Sequence.start(request, generated_token_ids, self.max_context_tokens, self._now())
+        sequence = Sequence.start(
+            request,
+            generated_token_ids,
+            self.max_context_tokens,
+            self._now(),
+            self.runner.kernels.prefill_block_tokens,
+        )
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
         if request.grammar is not None and self.constraints is not None:
@@ -280,7 +286,7 @@ class LLMEngine:
     def _record(self, step: PendingStep, num_sampled: int) -> None:
         stats, now_s = self.stats, time.perf_counter()
         stats.num_steps += 1
-        stats.num_prompt_tokens += sum(chunk.num_tokens for chunk in step.batch.prefill)
+        stats.num_prompt_tokens += sum(chunk.num_prompt_tokens for chunk in step.batch.chunks)
         stats.num_generated_tokens += num_sampled
         stats.step_tokens, stats.step_is_decode = num_sampled, not step.batch.prefill
         stats.wait_s = self.runner.wait_s

@@ -186,7 +186,7 @@ class ModelRunner:
             keep_prompt_logprobs(step.prompt_parts, step.prompt_logprobs.wait())
         logprobs = None if step.logprobs is None else step.logprobs.wait()
         sampled, row = [], 0
-        for sequence, _, num_samples in step.batch.chunks:
+        for sequence, _, num_samples, _ in step.batch.chunks:
             if not num_samples:
                 continue
             token_ids = verify(sequence.drafts, latest[row : row + num_samples])

@@ -102,7 +102,7 @@ class Scheduler:
     def _add_drafts(self, batch: Batch) -> None:
         """Nobody is preempted for them, and every sequence could still sample in this step."""
         spare = min(MAX_VERIFIED_TOKENS, self.max_num_batched_tokens) - len(self.running)
-        for i, (sequence, _, _) in enumerate(batch.decode):
+        for i, (sequence, *_) in enumerate(batch.decode):
             num_drafts = min(len(sequence.drafts), spare)
             num_tokens = sequence.num_computed_tokens + 1 + num_drafts
             if num_drafts > 0 and self.block_manager.can_grow(sequence.block_table, num_tokens):
@@ -223,8 +223,9 @@ class Scheduler:
 
 
 def next_chunk(sequence: Sequence, budget: int) -> Chunk:
-    """The next tokens of a sequence, at most budget, of one kind: prompt or generated."""
-    stop = sequence.num_prompt_tokens if sequence.is_prefilling else sequence.num_tokens
+    """The next tokens of a sequence, at most budget, of one mode."""
+    stop = sequence.num_prefill_tokens if sequence.is_prefilling else sequence.num_tokens
     num_tokens = min(stop - sequence.num_computed_tokens, budget)
     is_last = sequence.num_computed_tokens + num_tokens == sequence.num_tokens
-    return Chunk(sequence, num_tokens, num_samples=int(is_last))
+    num_prompt_tokens = min(max(sequence.num_prompt_tokens - sequence.num_computed_tokens, 0), num_tokens)
+    return Chunk(sequence, num_tokens, int(is_last), num_prompt_tokens)

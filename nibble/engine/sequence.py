@@ -40,6 +40,7 @@ class Sequence:
     request: GenerationRequest
     token_ids: list[int]
     num_prompt_tokens: int
+    num_prefill_tokens: int  # the first of the prompt's, computed in PREFILL mode; all others are in DECODE mode
     max_num_tokens: int  # prompt included; generation ends there
     added_s: float
     rank: Rank = ()  # its place in the order of service
@@ -72,16 +73,24 @@ class Sequence:
         generated_token_ids: TokenSequence[int],
         max_context_tokens: int,
         now_s: float,
+        prefill_block_tokens: int = 1,
     ) -> Sequence:
-        """A new sequence, or one that another worker began: generated_token_ids continue its prompt."""
+        """A new sequence, or one that another worker began: generated_token_ids continue its prompt.
+
+        prefill_block_tokens: see `Kernels`. A prompt whose log probabilities are asked for is computed in one mode.
+        """
         token_ids = [*request.prompt_token_ids, *generated_token_ids]
         num_prompt_tokens = len(request.prompt_token_ids)
         sampling, content = request.sampling, slot_content(request.sampling)
+        num_prefill_tokens = num_prompt_tokens
+        if prefill_block_tokens > 1 and sampling.prompt_logprobs is None:  # its last token gives logits: in DECODE mode
+            num_prefill_tokens = (num_prompt_tokens - 1) // prefill_block_tokens * prefill_block_tokens
         limit = min(num_prompt_tokens + request.sampling.max_tokens, max_context_tokens)
         return cls(
             request=request,
             token_ids=token_ids,
             num_prompt_tokens=num_prompt_tokens,
+            num_prefill_tokens=num_prefill_tokens,
             max_num_tokens=max(limit, len(token_ids) + 1),  # every sequence that starts gets a token
             added_s=now_s,
             slot_content=content,
@@ -134,8 +143,8 @@ class Sequence:
 
     @property
     def is_prefilling(self) -> bool:
-        """Whether prompt tokens are still to be computed."""
-        return self.num_computed_tokens < self.num_prompt_tokens
+        """Whether tokens are to be computed in PREFILL mode next."""
+        return self.num_computed_tokens < self.num_prefill_tokens
 
     @property
     def is_decoding(self) -> bool:
@@ -154,7 +163,7 @@ class Sequence:
         hashes = self._block_hashes
         if len(hashes) < num_blocks:
             assert num_blocks * BLOCK_SIZE <= len(self.token_ids), "a block without all its tokens has no name"
-            extend_hashes(hashes, num_blocks, self.token_ids, self.num_prompt_tokens, self.request.cache_salt)
+            extend_hashes(hashes, num_blocks, self.token_ids, self.num_prefill_tokens, self.request.cache_salt)
         return hashes[:num_blocks]
 
     @property

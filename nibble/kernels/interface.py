@@ -160,6 +160,12 @@ class Kernels(SamplingKernels, Protocol):
         """
 
     @property
+    def prefill_block_tokens(self) -> int:
+        """Prompts are computed in PREFILL mode in whole blocks of so many tokens, the rest in DECODE mode, which is
+        faster for few tokens: the split depends on the prompt alone, so that its results depend on nothing else. 1: all
+        of a prompt in PREFILL mode."""
+
+    @property
     def is_asynchronous(self) -> bool:
         """Whether ops return before their work is done, so that the host can prepare the next step meanwhile."""
 

@@ -88,6 +88,7 @@ class Work:
 class SimulatedKernels:
     def __init__(self, is_asynchronous: bool) -> None:
         self.is_asynchronous = is_asynchronous
+        self.prefill_block_tokens = BLOCK_SIZE if is_asynchronous else 1  # as of the backends
 
 
 class SimulatedRunner(ModelRunner):
@@ -123,7 +124,7 @@ class SimulatedRunner(ModelRunner):
         self._advance(batch)
         for chunk in batch.chunks:
             sequence = chunk.sequence
-            assert chunk not in batch.prefill or sequence.num_computed_tokens <= sequence.num_prompt_tokens
+            assert chunk not in batch.prefill or sequence.num_computed_tokens <= sequence.num_prefill_tokens
             samples = chunk.num_samples > 0
             assert samples == (sequence.num_computed_tokens == sequence.num_tokens - samples)
         copy = SimulatedCopy(lambda: self._compute(work, [*batch.moves]))
@@ -212,7 +213,7 @@ class SimulatedRunner(ModelRunner):
         if len(values) >= work.stop:
             return values
         for position, token_id in enumerate(_tokens(sequence, len(values), work.stop), len(values)):
-            value = hash((value, token_id, position < sequence.num_prompt_tokens))
+            value = hash((value, token_id, position < sequence.num_prefill_tokens))
             values.append(value)
         return values
 

@@ -198,6 +198,19 @@ def test_tokens_do_not_depend_on_the_batch_its_order_or_its_bucket(engine: LLMEn
     assert alone == {i: together[i] for i in alone}
 
 
+def test_tokens_do_not_depend_on_how_prompts_are_cut(demo_checkpoint: Path, engine: LLMEngine, ids: list[int]) -> None:
+    """24 prompts of 61 tokens and more, alone, and all at once in steps of 2,048 and of 256 tokens."""
+    prompts = [ids[i:] + ids[: 61 + 10 * i] for i in range(24)]
+    alone = [generate(engine, [prompt], 64)[0] for prompt in prompts[::5]]
+    for step_tokens in (2048, 256):
+        limits = dataclasses.replace(LIMITS, max_num_batched_tokens=step_tokens, has_prefix_cache=False)
+        other = LLMEngine.from_checkpoint(demo_checkpoint, CUDAKernels(), limits)
+        together = generate(other, prompts, 64)
+        assert together[::5] == alone
+        del other
+        gc.collect()
+
+
 def sampled(
     engine: LLMEngine, prompts: list[list[int]], order: list[int], max_tokens: int = 48
 ) -> dict[int, list[int]]:

@@ -54,7 +54,7 @@ def run(engine: LLMEngine, added: list[GenerationRequest]) -> None:
         engine.add(each)
     assert engine.stats.num_free_blocks == engine.stats.num_blocks > 0
     most_swapped = 0
-    for _ in steps(engine):
+    for tokens in steps(engine):  # noqa: B007 - the last ones are all of them
         stats, blocks, swap = engine.stats, engine.scheduler.block_manager, engine.scheduler.swap_space
         assert (stats.num_free_blocks, stats.num_cached_blocks) == (blocks.num_free, blocks.num_cached)
         assert (stats.num_used_swap_blocks, stats.num_swapped_in) == (swap.num_used, swap.num_restored)

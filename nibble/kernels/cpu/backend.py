@@ -111,6 +111,10 @@ class CPUKernels:
         return 0
 
     @property
+    def prefill_block_tokens(self) -> int:
+        return 1
+
+    @property
     def is_asynchronous(self) -> bool:
         return False
 

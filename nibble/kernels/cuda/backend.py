@@ -55,7 +55,7 @@ from nibble.kernels.interface import (
     KVChannels,
     Mode,
 )
-from nibble.kernels.layout import KVLayout
+from nibble.kernels.layout import BLOCK_SIZE, KVLayout
 from nibble.kernels.sampling import AdjustmentBatch, SamplingBatch
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
@@ -117,6 +117,10 @@ class CUDAKernels:
         self.device.stream.synchronize()
         arena.resize(max(MIN_WORKSPACE_BYTES, arena.peak_bytes))
         return arena.num_bytes
+
+    @property
+    def prefill_block_tokens(self) -> int:
+        return BLOCK_SIZE  # so that all tokens of a KV block were computed in one mode
 
     @property
     def is_asynchronous(self) -> bool:
@@ -210,7 +214,7 @@ class CUDAKernels:
         mode: Mode,
         gated: bool = False,
     ) -> Array:
-        return float16_linear.float16_linear(self.device, x, weight, bias, residual, mode, gated)
+        return float16_linear.float16_linear(self.device, x, weight, bias, residual, gated)
 
     def logits(self, x: Array, weight: Int8Weight | Float16Weight) -> Array:
         if isinstance(weight, Float16Weight):

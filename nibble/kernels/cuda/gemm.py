@@ -6,14 +6,13 @@ still in the L2 cache when it is read. Additions of bias and of a gated activati
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import cupy
 import numpy as np
-from cupy.cuda import runtime
 
 from nibble.kernels.cuda.add_bias import add_bias
+from nibble.kernels.cuda.cublas_lt import FLOAT16, FLOAT32, product
 from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.silu_and_mul import silu_and_mul
 
@@ -21,8 +20,7 @@ SLAB_BYTES = 64 << 20
 SLAB_ROWS = 256  # a slab is a multiple of cuBLAS's tiles
 GATED_TOKENS = 2048  # more than cuBLAS needs to be at its best
 
-_CUDA_TYPES = {np.dtype(np.float16): runtime.CUDA_R_16F, np.dtype(np.float32): runtime.CUDA_R_32F}
-_ZERO, _ONE = ctypes.c_float(0), ctypes.c_float(1)
+_TYPES = {np.dtype(np.float16): FLOAT16, np.dtype(np.float32): FLOAT32}
 
 # (first row, number of rows) -> those rows of the matrix, fp16 (rows, K)
 Rows = Callable[[int, int], cupy.ndarray]
@@ -63,28 +61,12 @@ def _gated(device: Device, x: cupy.ndarray, rows: Rows, num_rows: int, bias: cup
 
 
 def multiply(x: cupy.ndarray, matrix: cupy.ndarray, out: cupy.ndarray, first: int, accumulate: bool) -> None:
-    """out[:, first : first + rows] = or += x @ matrix.T. cuBLAS is column-major: it computes out.T = matrix @ x.T."""
-    from cupy.cuda import cublas  # here: DECODE mode needs no cuBLAS library
-
+    """out[:, first : first + rows] = or += x @ matrix.T."""
     num_tokens, num_columns = x.shape
-    cublas.gemmEx(
-        cupy.cuda.device.get_cublas_handle(),
-        cublas.CUBLAS_OP_T,
-        cublas.CUBLAS_OP_N,
-        matrix.shape[0],
-        num_tokens,
-        num_columns,
-        ctypes.addressof(_ONE),
+    product(num_tokens, len(matrix), num_columns, out.shape[1], _TYPES[out.dtype]).run(
         matrix.data.ptr,
-        runtime.CUDA_R_16F,
-        num_columns,
         x.data.ptr,
-        runtime.CUDA_R_16F,
-        num_columns,
-        ctypes.addressof(_ONE if accumulate else _ZERO),
         out.data.ptr + first * out.itemsize,
-        _CUDA_TYPES[out.dtype],
-        out.shape[1],
-        cublas.CUBLAS_COMPUTE_32F,
-        cublas.CUBLAS_GEMM_DEFAULT,
+        accumulate,
+        cupy.cuda.get_current_stream().ptr,
     )

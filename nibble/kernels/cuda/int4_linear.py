@@ -1,8 +1,7 @@
 """Launcher of `int4_linear.cu`, and the choice of implementation by mode and device; what is computed: `interface.py`.
 
-DECODE, and PREFILL of few tokens: a fused kernel, int4_linear.cu unless the device's architecture has one of its own.
-PREFILL of many: the weight is dequantised to a scratch matrix (the same fp16 values) that cuBLAS multiplies, see
-`gemm.py`.
+DECODE: a fused kernel, int4_linear.cu unless the device's architecture has one of its own. PREFILL: the weight is
+dequantised to a scratch matrix (the same fp16 values) that cuBLASLt multiplies, see `gemm.py`.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def int4_linear(
     check_arguments(x, weight.out_features, weight.in_features, bias, residual, gated)
     num_tokens, num_bytes = x.shape[0], int4_num_bytes(weight.out_features, weight.in_features, weight.group_size)
     assert weight.packed.nbytes == num_bytes, f"the weight has {weight.packed.nbytes} bytes, expected {num_bytes}"
-    if mode is Mode.PREFILL and num_tokens > MAX_TOKENS:
+    if mode is Mode.PREFILL and num_tokens:
         rows = functools.partial(int4_dequantize, device, weight)
         return gemm.linear(device, x, rows, weight.out_features, bias, residual, gated)
     out = residual

@@ -25,7 +25,6 @@ VARIANTS: tuple[Defines, ...] = (WHOLE_ROW, GROUPS_OF_32, GROUPS_OF_16)
 WARPS = 8
 THREADS = 32 * WARPS
 MAX_STAGES = 4
-PREFILL_TOKENS = 64  # more are multiplied by cuBLAS in PREFILL mode
 TALL_ROWS = 32768  # enough for every warp of a large GPU to own rows
 
 
@@ -76,7 +75,7 @@ def int8_linear(
     num_tokens, num_rows = x.shape[0], weight.out_features
     check_arguments(x, num_rows, weight.in_features, bias, residual, gated)
     _check(weight)
-    if mode is Mode.PREFILL and num_tokens > PREFILL_TOKENS:
+    if mode is Mode.PREFILL and num_tokens:
         rows = functools.partial(int8_dequantize, device, weight)
         return gemm.linear(device, x, rows, num_rows, bias, residual, gated)
     if residual is not None:

@@ -63,6 +63,11 @@ def test_row_does_not_depend_on_the_batch(
     weight = Float16Weight(kernels.to_device(random_weight(rng, rows, columns)))
     x = kernels.to_device(rng.standard_normal((70, columns)).astype(np.float16))
     together = kernels.to_host(kernels.logits(x, weight))
+    many = kernels.to_device(rng.standard_normal((1500, columns)).astype(np.float16))
+    products = kernels.to_host(kernels.float16_linear(many, weight, mode=Mode.PREFILL))
+    for part in (slice(0, 1), slice(3, 130), slice(500, 1013)):
+        some = kernels.to_host(kernels.float16_linear(many[part], weight, mode=Mode.PREFILL))
+        np.testing.assert_array_equal(some, products[part])
     for i in (0, 1, 63, 64, 69):
         np.testing.assert_array_equal(kernels.to_host(kernels.logits(x[i : i + 1], weight))[0], together[i])
     result = kernels.zeros((3, rows), np.float32)
