@@ -1,5 +1,8 @@
 """Perplexity and KL divergence of quantised linears and of a KV cache, simulated in float32; the head is kept.
 
+The last row of a checkpoint has its own embedding and head, and an INT8 KV cache: what is served, as `nibble ladder
+--sequence-tokens 1024` on the same text measures it in the engine.
+
 python -m loadtest.permuted_model MODEL.gguf PERMUTED
 nibble quantize PERMUTED -o OUT --method awq --group-size 64 --calibration TEXT
 python -m loadtest.quantization_quality PERMUTED OUT ... --text wiki.test.raw
@@ -11,6 +14,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,15 +22,23 @@ from torch import Tensor
 
 from nibble.engine.checkpoint.native import Checkpoint, load_checkpoint
 from nibble.engine.checkpoint.source import Source, open_source
-from nibble.engine.evaluate.divergence import Comparison, Logits, Quality
+from nibble.engine.evaluate.divergence import Comparison, Quality
 from nibble.engine.quantize.calibration import read_texts
 from nibble.engine.quantize.decoder import KVTransform, Layer, layer_forward, read_layer, rms_norm
 from nibble.engine.quantize.kv_channels import KVObserver, kv_channels
-from nibble.kernels.interface import Int4Weight
+from nibble.kernels.interface import Float16Weight, Int4Weight
 from nibble.kernels.pack import deinterleave_gate_up, dequantize_int4
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CALIBRATION_SEQUENCES, CALIBRATION_TOKENS = 16, 512
+
+
+class Vocabulary(NamedTuple):
+    """What is around the layers."""
+
+    table: Tensor
+    norm: Tensor
+    head: Tensor
 
 
 class Simulation:
@@ -36,40 +48,52 @@ class Simulation:
         """ids int64 (S, T)."""
         self._config = source.config
         self._ids = ids
-        self._table = torch.from_numpy(source.floats("model.embed_tokens.weight"))
-        name = "model.embed_tokens.weight" if source.config.tie_word_embeddings else "lm_head.weight"
-        self._head = torch.from_numpy(source.floats(name))
-        self._norm = torch.from_numpy(source.floats("model.norm.weight"))
-        self.layers = [read_layer(source, index, CPU) for index in range(source.config.num_layers)]
-        self._reference = self._hidden(self.layers, ())
+        self._original = _vocabulary(source)
+        self.layers = [read_layer(source, index, DEVICE) for index in range(source.config.num_layers)]
+        self._reference = self._hidden(self._original.table, self.layers, (), ids)
 
-    def quality(self, layers: Iterable[Layer], transforms: Sequence[KVTransform] = ()) -> Quality:
-        """transforms: of keys and values, one per layer."""
+    def quality(
+        self, layers: Iterable[Layer], transforms: Sequence[KVTransform] = (), vocabulary: Vocabulary | None = None
+    ) -> Quality:
+        """transforms: of keys and values, one per layer. vocabulary: the original's where it is None."""
+        vocabulary = vocabulary or self._original
         comparison = Comparison()
-        for reference, hidden, ids in zip(self._reference, self._hidden(layers, transforms), self._ids, strict=True):
-            targets = np.append(ids[1:].numpy(), -1)
-            comparison.add(self._logits(reference), self._logits(hidden), targets)
+        streams = self._hidden(vocabulary.table, layers, transforms, self._ids)
+        for reference, hidden, ids in zip(self._reference, streams, self._ids, strict=True):
+            targets = torch.cat((ids[1:], torch.tensor([-1])))
+            comparison.add(self._logits(self._original, reference), self._logits(vocabulary, hidden), targets)
         return comparison.result()
 
     def calibrated(self, ids: Tensor) -> list[KVTransform]:
         """INT8 by channel with ranges from other text, int64 (S, T)."""
-        observers = [KVObserver(self._config, CPU) for _ in self.layers]
-        self._run(self.layers, observers, ids)
+        observers = [KVObserver(self._config, DEVICE) for _ in self.layers]
+        self._hidden(self._original.table, self.layers, observers, ids)
         return [int8_per_channel(observer) for observer in observers]
 
-    def _hidden(self, layers: Iterable[Layer], transforms: Sequence[KVTransform]) -> Tensor:
-        return self._run(layers, transforms, self._ids)
-
-    def _run(self, layers: Iterable[Layer], transforms: Sequence[KVTransform], sequences: Tensor) -> Tensor:
-        streams = [self._table[row][None] for row in sequences]
+    def _hidden(
+        self, table: Tensor, layers: Iterable[Layer], transforms: Sequence[KVTransform], sequences: Tensor
+    ) -> Tensor:
+        streams = [table[row.to(DEVICE)][None] for row in sequences]
         for index, layer in enumerate(layers):
             transform = transforms[index : index + 1]
             streams = [layer_forward(layer, x, self._config, *transform) for x in streams]
         return torch.cat(streams)
 
-    def _logits(self, hidden: Tensor) -> Logits:
-        logits: Logits = (rms_norm(hidden, self._norm, self._config.rms_norm_eps) @ self._head.T).numpy()
-        return logits
+    def _logits(self, vocabulary: Vocabulary, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, vocabulary.norm, self._config.rms_norm_eps) @ vocabulary.head.T
+
+
+def _vocabulary(source: Source) -> Vocabulary:
+    head = "model.embed_tokens.weight" if source.config.tie_word_embeddings else "lm_head.weight"
+    names = ("model.embed_tokens.weight", "model.norm.weight", head)
+    return Vocabulary(*(torch.from_numpy(source.floats(name)).to(DEVICE) for name in names))
+
+
+def native_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
+    """As it is stored, dequantised."""
+    table = _matrix(checkpoint, "embedding")
+    head = table if checkpoint.config.tie_word_embeddings else _matrix(checkpoint, "lm_head")
+    return Vocabulary(table, _vector(checkpoint, "final_norm"), head)
 
 
 def native_layers(checkpoint: Checkpoint) -> Iterable[Layer]:
@@ -80,14 +104,15 @@ def native_layers(checkpoint: Checkpoint) -> Iterable[Layer]:
         prefix = f"layers.{index}"
         layer = {name: _vector(checkpoint, f"{prefix}.{name}") for name in ("attention_norm", "mlp_norm")}
         qkv = torch.split(_matrix(checkpoint, f"{prefix}.qkv"), [q, kv, kv])
-        gate_up = map(torch.from_numpy, deinterleave_gate_up(_matrix(checkpoint, f"{prefix}.gate_up").numpy()))
+        gate_up = map(torch.from_numpy, deinterleave_gate_up(_matrix(checkpoint, f"{prefix}.gate_up").cpu().numpy()))
         layer |= dict(zip(("q", "k", "v", "gate", "up"), (*qkv, *gate_up), strict=True))
         if config.attention_bias:
             biases = torch.split(_vector(checkpoint, f"{prefix}.qkv.bias"), [q, kv, kv])
             layer |= dict(zip(("q.bias", "k.bias", "v.bias"), biases, strict=True))
         if config.qk_norm:
             layer |= {name: _vector(checkpoint, f"{prefix}.{name}") for name in ("q_norm", "k_norm")}
-        yield layer | {name: _matrix(checkpoint, f"{prefix}.{name}") for name in ("o", "down")}
+        layer |= {name: _matrix(checkpoint, f"{prefix}.{name}") for name in ("o", "down")}
+        yield {name: tensor.to(DEVICE) for name, tensor in layer.items()}
 
 
 def int8_per_token(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,8 +123,10 @@ def int8_per_token(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_per_channel(observer: KVObserver) -> KVTransform:
-    statistics = {name: values.numpy() for name, values in observer.results().items()}
-    parameters = torch.from_numpy(kv_channels(statistics))[:, :, :, None]  # (kv heads, K | V, scale | zero, 1, D)
+    statistics = {name: values.cpu().numpy() for name, values in observer.results().items()}
+    parameters = torch.from_numpy(kv_channels(statistics))[:, :, :, None].to(
+        DEVICE
+    )  # (kv heads, K | V, scale | zero, 1, D)
 
     def transform(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return _rounded(k, *parameters[:, 0].unbind(1)), _rounded(v, *parameters[:, 1].unbind(1))
@@ -118,22 +145,28 @@ def _rounded(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def _matrix(checkpoint: Checkpoint, name: str) -> Tensor:
     weight = checkpoint.linear(name)
-    assert isinstance(weight, Int4Weight), f"{name} is not INT4"
-    return torch.from_numpy(dequantize_int4(weight.packed, weight.out_features, weight.in_features, weight.group_size))
+    if isinstance(weight, Int4Weight):
+        shape = (weight.out_features, weight.in_features, weight.group_size)
+        return torch.from_numpy(dequantize_int4(weight.packed, *shape)).to(DEVICE)
+    if isinstance(weight, Float16Weight):
+        return torch.from_numpy(weight.values.astype(np.float32)).to(DEVICE)
+    scales = np.repeat(weight.scales.astype(np.float32), weight.group_size, axis=1)
+    return torch.from_numpy(weight.values * scales).to(DEVICE)
 
 
 def _vector(checkpoint: Checkpoint, name: str) -> Tensor:
-    return torch.from_numpy(checkpoint.array(name).copy())
+    return torch.from_numpy(checkpoint.array(name).copy()).to(DEVICE)
 
 
 def token_ids(source: Source, text: Path, num_sequences: int, length: int) -> Tensor:
-    """The first sequences of a text, int64 (S, T)."""
+    """The first sequences of a text, at most so many, int64 (S, T)."""
     from tokenizers import Tokenizer
 
     with TemporaryDirectory() as directory:
         source.write_tokenizer(Path(directory))
         tokenizer = Tokenizer.from_file(str(Path(directory) / "tokenizer.json"))
     ids = tokenizer.encode("\n".join(read_texts(text)), add_special_tokens=False).ids
+    num_sequences = min(num_sequences, len(ids) // length)
     return torch.tensor(ids[: num_sequences * length]).view(num_sequences, length)
 
 
@@ -165,7 +198,10 @@ def main() -> None:
                 "INT8 KV cache, per channel", simulation.quality(simulation.layers, simulation.calibrated(calibration))
             )
         for path in arguments.quantized:
-            _print(path.name, simulation.quality(native_layers(load_checkpoint(path))))
+            checkpoint = load_checkpoint(path)
+            _print(path.name, simulation.quality(native_layers(checkpoint)))
+            served = simulation.quality(native_layers(checkpoint), transforms, native_vocabulary(checkpoint))
+            _print(f"{path.name}, as served with an INT8 KV cache", served)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-
-Logits = npt.NDArray[np.float32]  # (T, V)
-Values = npt.NDArray[np.float64]
+import torch
+from torch import Tensor
 
 _CHUNK_ROWS = 64  # that are worked on in float64 at a time
 
@@ -25,37 +23,32 @@ class Quality:
 
 
 class Comparison:
-    """Adds up what becomes a `Quality`, chunk by chunk."""
+    """Adds up what becomes a `Quality`, chunk by chunk, on whichever device the logits are."""
 
     def __init__(self) -> None:
-        self._losses: list[Values] = []
-        self._divergences: list[Values] = []
-        self._agreements: list[npt.NDArray[np.bool_]] = []
+        self._losses: list[Tensor] = []
+        self._divergences: list[Tensor] = []
+        self._agreements: list[Tensor] = []
 
-    def add(self, reference: Logits, logits: Logits, targets: npt.NDArray[np.int64]) -> None:
-        """logits (T, V) of both models for the same positions; targets (T,): the tokens that come next, of the last
-        position perhaps none, which is -1."""
+    def add(self, reference: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """logits float32 (T, V) of both models for the same positions; targets int64 (T,): the tokens that come next,
+        of the last position perhaps none, which is -1. Everything has been computed when this returns."""
+        targets = targets.to(logits.device)
         for start in range(0, len(logits), _CHUNK_ROWS):
             rows = slice(start, start + _CHUNK_ROWS)
-            p, q = log_softmax(reference[rows]), log_softmax(logits[rows])
-            self._divergences.append((np.exp(p) * (p - q)).sum(-1))
-            self._agreements.append(p.argmax(-1) == q.argmax(-1))
-            known = targets[rows] >= 0
-            self._losses.append(-q[known, targets[rows][known]])
+            p, q = (each[rows].double().log_softmax(-1) for each in (reference, logits))
+            next_tokens = targets[rows]
+            losses = -q.gather(1, next_tokens.clamp(min=0)[:, None])[:, 0]
+            self._divergences.append((p.exp() * (p - q)).sum(-1).cpu())
+            self._agreements.append((p.argmax(-1) == q.argmax(-1)).cpu())
+            self._losses.append(losses[next_tokens >= 0].cpu())
 
     def result(self) -> Quality:
-        divergences, losses = np.concatenate(self._divergences), np.concatenate(self._losses)
+        divergences = torch.cat(self._divergences).numpy()
         return Quality(
-            perplexity=float(np.exp(losses.mean())),
+            perplexity=float(torch.cat(self._losses).mean().exp()),
             mean_kl=float(divergences.mean()),
             p99_kl=float(np.quantile(divergences, 0.99)),
-            top1_agreement=float(np.concatenate(self._agreements).mean()),
+            top1_agreement=float(torch.cat(self._agreements).double().mean()),
             num_tokens=len(divergences),
         )
-
-
-def log_softmax(logits: Logits) -> Values:
-    x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    result: Values = x - np.log(np.exp(x).sum(-1, keepdims=True))
-    return result

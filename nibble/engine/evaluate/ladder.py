@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from nibble.engine.block_manager import num_blocks_for
 from nibble.engine.checkpoint.native import Checkpoint, load_checkpoint
@@ -125,7 +126,7 @@ def _qualities(
     kernels.fit_workspace(probe)
     comparisons = [Comparison() for _ in rungs]
     for index, ids in enumerate(sequences):
-        targets = np.append(ids[1:], -1).astype(np.int64)
+        targets = torch.from_numpy(np.append(ids[1:], -1).astype(np.int64))
         start = 0
         for chunks in zip(*(evaluator(ids) for evaluator in evaluators), strict=True):
             stop = start + len(chunks[0])

@@ -17,7 +17,7 @@ def test_measures_are_those_of_torch() -> None:
     targets[-1] = -1  # nobody knows what comes after the end
     comparison = Comparison()
     for rows in (slice(0, 170), slice(170, 300)):
-        comparison.add(reference[rows], logits[rows], targets[rows])
+        comparison.add(*(torch.from_numpy(each[rows]) for each in (reference, logits, targets)))
     result = comparison.result()
     p, q = (torch.from_numpy(x).double().log_softmax(-1) for x in (reference, logits))
     divergence = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
@@ -30,8 +30,8 @@ def test_measures_are_those_of_torch() -> None:
 
 
 def test_a_model_agrees_with_itself() -> None:
-    logits = np.random.default_rng(0).normal(0, 9, (70, 30)).astype(np.float32)
+    logits = torch.from_numpy(np.random.default_rng(0).normal(0, 9, (70, 30)).astype(np.float32))
     comparison = Comparison()
-    comparison.add(logits, logits.copy(), np.zeros(70, np.int64))
+    comparison.add(logits, logits.clone(), torch.zeros(70, dtype=torch.int64))
     result = comparison.result()
     assert (result.mean_kl, result.p99_kl, result.top1_agreement) == (0.0, 0.0, 1.0)
