@@ -200,6 +200,8 @@ def test_tokens_do_not_depend_on_the_batch_its_order_or_its_bucket(engine: LLMEn
 
 def test_tokens_do_not_depend_on_how_prompts_are_cut(demo_checkpoint: Path, engine: LLMEngine, ids: list[int]) -> None:
     """24 prompts of 61 tokens and more, alone, and all at once in steps of 2,048 and of 256 tokens."""
+    from nibble.kernels.cuda.backend import CUDAKernels
+
     prompts = [ids[i:] + ids[: 61 + 10 * i] for i in range(24)]
     alone = [generate(engine, [prompt], 64)[0] for prompt in prompts[::5]]
     for step_tokens in (2048, 256):

@@ -21,8 +21,9 @@ FLOAT32, FLOAT16 = 0, 2  # cudaDataType
 _COMPUTE_32F = 68
 _TRANSPOSE_A, _TRANSPOSED = 3, 1
 # Of a preference
-_MAX_WORKSPACE_BYTES, _REDUCTION_SCHEME_MASK, _MIN_ALIGNMENTS = 1, 3, (5, 6, 7, 8)
+_MAX_WORKSPACE_BYTES, _REDUCTION_SCHEME_MASK, _MIN_ALIGNMENTS, _IMPLEMENTATION_MASK = 1, 3, (5, 6, 7, 8), 12
 _NO_REDUCTION = 0
+_TENSOR_CORES = ~1 & (1 << 64) - 1  # any implementation but one: multiplications and additions
 _ALIGNMENT = 16  # bytes, of what is multiplied and of results
 _ZERO, _ONE = c_float(0), c_float(1)
 
@@ -111,6 +112,7 @@ def _preference() -> c_void_p:
     values = {
         _MAX_WORKSPACE_BYTES: c_uint64(0),
         _REDUCTION_SCHEME_MASK: c_int(_NO_REDUCTION),
+        _IMPLEMENTATION_MASK: c_uint64(_TENSOR_CORES),
         **{name: c_int(_ALIGNMENT) for name in _MIN_ALIGNMENTS},
     }
     for name, value in values.items():
