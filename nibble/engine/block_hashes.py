@@ -4,8 +4,8 @@ The keys and values of a token follow from its own id, from all tokens before it
 each of them: prompts, but for their last few tokens on some backends, are computed in another `Mode` than generated
 tokens, and these round differently. So a block's name is chained to the one before it and says how many of its tokens
 are computed in PREFILL mode: a prompt never continues from what another request generated, but computes it once in its
-own arithmetic. A request thus gets the same tokens with the cache, without it, and when another worker goes on with it. What a request
-generated is found again by itself after a preemption, and by whoever has the same prompt and tokens.
+own arithmetic. A request thus gets the same tokens with the cache, without it, and when another worker goes on with it.
+What a request generated is found again by itself after a preemption, and by whoever has the same prompt and tokens.
 
 The chain begins with the request's cache_salt: those with different salts share nothing.
 """

@@ -1,8 +1,4 @@
-"""The whole service with workers on a GPU: all kinds of requests at once, a client that leaves, a worker that dies.
-
-At most 64 tokens a step: more prompt tokens at once go through cuBLAS, whose rounding depends on how many they are, and
-then a near-tie may fall the other way than in the same request alone.
-"""
+"""The whole service with workers on a GPU: all kinds of requests at once, a client that leaves, a worker that dies."""
 
 from __future__ import annotations
 
@@ -29,7 +25,6 @@ def service(run_service: Callable[..., AbstractContextManager[RunningService]]) 
         "NIBBLE_DEVICE": "cuda",
         "NIBBLE_KV_CACHE_BYTES": "1GiB",
         "NIBBLE_MAX_NUM_SEQUENCES": "64",
-        "NIBBLE_MAX_NUM_BATCHED_TOKENS": "64",
         "NIBBLE_LEASE_S": "2",
     }
     with run_service(num_workers=2, **variables) as running:
