@@ -73,8 +73,8 @@ class RandomCheckpoint(Checkpoint):
         sizes = linear_sizes(shape.config)
         int8 = {name: LinearFormat(*sizes[name], sizes[name][1]) for name in sizes if "." not in name}
         int4 = {name: LinearFormat(*size, shape.group_size) for name, size in sizes.items() if name not in int8}
-        self._description = Description(format_version=FORMAT_VERSION, config=shape.config, int4=int4, int8=int8)
-        self._specs = tensor_specs(self._description)
+        self.description = Description(format_version=FORMAT_VERSION, config=shape.config, int4=int4, int8=int8)
+        self._specs = tensor_specs(self.description)
         self._rng = np.random.default_rng(seed)
         self._packed: dict[LinearFormat, npt.NDArray[np.uint8]] = {}
 
@@ -86,8 +86,8 @@ class RandomCheckpoint(Checkpoint):
         return name in self._specs
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        if name in self._description.int4:
-            return self._int4(self._description.int4[name])
+        if name in self.description.int4:
+            return self._int4(self.description.int4[name])
         shape = self._specs[name].shape
         if name.endswith(".values"):
             pool = np.frombuffer(self._rng.bytes(RANDOM_INT8_BYTES), np.int8)
@@ -102,7 +102,7 @@ class RandomCheckpoint(Checkpoint):
     def write(self, directory: Path) -> None:
         """As `model.safetensors` of a native checkpoint directory, which exists."""
         arrays = ((name, self.array(name)) for name in self.names)
-        write_checkpoint(directory, self.config, arrays, int4=self._description.int4, int8=self._description.int8)
+        write_checkpoint(directory, self.config, arrays, int4=self.description.int4, int8=self.description.int8)
 
     def _int4(self, linear: LinearFormat) -> npt.NDArray[np.uint8]:
         if linear not in self._packed:
