@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable, Iterator
 
@@ -11,10 +12,16 @@ from nibble.service.broker.wire import decode_events
 
 
 class StreamTable:
-    """A stream leaves the table when its final event is in its mailbox, or when it is closed."""
+    """A stream leaves the table when its final event is in its mailbox, or when it is closed.
+
+    Consumers are told in the event loop's next turn: where several messages wait to be read, of all their tokens at
+    once, which then cost no more than one.
+    """
 
     def __init__(self) -> None:
         self._streams: dict[str, list[TokenStream]] = {}
+        self._untold: dict[TokenStream, None] = {}  # a set in order
+        self._telling: asyncio.Handle | None = None
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -42,24 +49,33 @@ class StreamTable:
 
     def dispatch(self, message: bytes) -> bool:
         """Deliver a published message. False if some stream found a gap and wants the log."""
-        is_contiguous = True
-        for event in decode_events(message):
-            streams = self._streams.get(event.request_id)
-            if streams is not None:
-                is_contiguous = self._offer(streams, event) and is_contiguous
-        return is_contiguous
+        are_contiguous = [self._offer(event) for event in decode_events(message)]
+        self._tell_soon()
+        return all(are_contiguous)
 
     def offer(self, event: TokenEvent) -> None:
         """Deliver one event from the log."""
-        self._offer(self._streams.get(event.request_id, []), event)
+        self._offer(event)
+        self._tell_soon()
 
-    def _offer(self, streams: list[TokenStream], event: TokenEvent) -> bool:
+    def _offer(self, event: TokenEvent) -> bool:
         is_contiguous = True
-        for stream in streams:
+        for stream in self._streams.get(event.request_id, ()):
             is_contiguous = stream.offer(event) and is_contiguous
+            self._untold[stream] = None
         if event.finish_reason is not None and is_contiguous:
             self._streams.pop(event.request_id, None)
         return is_contiguous
+
+    def _tell_soon(self) -> None:
+        if self._untold and self._telling is None:
+            self._telling = asyncio.get_running_loop().call_soon(self._tell)
+
+    def _tell(self) -> None:
+        self._telling = None
+        untold, self._untold = self._untold, {}
+        for stream in untold:
+            stream.tell()
 
     def fail(self, streams: Iterable[TokenStream], message: str) -> None:
         for stream in streams:

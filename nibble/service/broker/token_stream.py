@@ -1,5 +1,5 @@
 """The mailbox of one request's tokens in a gateway: filled by the reader of live events and by reads of the token
-log, drained whole by the request's handler. Offers are idempotent: what is known already is trimmed, and what would
+log, emptied whole by the request's handler. Offers are idempotent: what is known already is trimmed, and what would
 leave a gap is refused, so the order in which the two sources arrive does not matter.
 """
 
@@ -17,9 +17,11 @@ NEVER_S = float("-inf")
 
 
 class TokenStream:
-    """Async iterator of a request's TokenEvents from `from_index` on: contiguous, ending with the final one.
+    """A request's TokenEvents from `from_index` on: contiguous, ending with the final one, for one consumer.
 
-    Waiting events are coalesced into one. For one consumer; waiting for it may be cancelled (a timeout) without loss.
+    `take` has what is new, all of it as one event; `on_event` is called when there is something to take. That is the
+    cheap way, without a task to be woken for each token. The other one is async iteration, which may be cancelled (a
+    timeout) without loss.
     """
 
     def __init__(self, request_id: str, from_index: int = 0) -> None:
@@ -31,33 +33,34 @@ class TokenStream:
         self.heard_s = time.monotonic()  # NEVER_S asks for a read of the log now
         self.num_restores = 0
         self.on_close: Callable[[TokenStream], None] | None = None
-        self._num_delivered = from_index
+        self.on_event: Callable[[], None] | None = None
+        self._num_taken = from_index
+        self._alone: TokenEvent | None = None  # the event to be taken, where what waits is just that of one
         self._metrics: RequestMetrics | None = None  # the newest
         self._final: TokenEvent | None = None
-        self._is_over = False  # the final event was delivered, or the stream was closed
-        self._waiter: asyncio.Future[None] | None = None
+        self._is_over = False  # the final event was taken, or the stream was closed
 
     @property
     def is_complete(self) -> bool:
-        """The final event is here, delivered or not."""
+        """The final event is here, taken or not."""
         return self._final is not None
 
     def offer(self, event: TokenEvent) -> bool:
         """Take what is new in an event. False if tokens before it are missing: the log must be read."""
         if self._final is not None:
             return True
-        if event.index > len(self.log.token_ids):
+        num_known = len(self.log.token_ids)
+        if event.index > num_known:
             self.heard_s = NEVER_S
             return False
         self.heard_s = time.monotonic()
+        is_alone = event.index == num_known == self._num_taken and event.token_ids and event.prompt_logprobs is None
+        self._alone = event if is_alone else None
         self.log.append(event)
         if event.metrics is not None:
             self._metrics = event.metrics
         if event.finish_reason is not None:
             self._final = event
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
         return True
 
     def fail(self, message: str) -> None:
@@ -71,39 +74,50 @@ class TokenStream:
                 error=message,
             )
         )
+        self.tell()
 
     def close(self) -> None:
         """Stop listening. The request itself goes on unless it is aborted."""
-        self._is_over = True
+        self._is_over, self._alone = True, None
         if self.on_close is not None:
             self.on_close(self)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self.tell()
+
+    def tell(self) -> None:
+        """Let the consumer know of what was offered."""
+        if self.on_event is not None:
+            self.on_event()
+
+    def take(self) -> TokenEvent | None:
+        """What is new since the last time; None if nothing is."""
+        event, self._alone = self._alone, None
+        if event is None:
+            if self._is_over or (self._final is None and len(self.log.token_ids) <= self._num_taken):
+                return None
+            event = self._all_waiting()
+        self._num_taken += len(event.token_ids)
+        self._is_over = event.finish_reason is not None
+        return event
 
     def __aiter__(self) -> TokenStream:
         return self
 
     async def __anext__(self) -> TokenEvent:
         while not self._is_over:
-            if self._final is not None or len(self.log.token_ids) > self._num_delivered:
-                return self._drain()
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            if (event := self.take()) is not None:
+                return event
+            is_told = asyncio.Event()
+            self.on_event = is_told.set
+            await is_told.wait()
         raise StopAsyncIteration
 
-    def _drain(self) -> TokenEvent:
+    def _all_waiting(self) -> TokenEvent:
         log, final = self.log, self._final
-        index = min(self._num_delivered, len(log.token_ids))  # from_index may be past the end
-        waiting = log.token_ids[index:]
-        self._num_delivered = index + len(waiting)
-        self._is_over = final is not None
+        self._num_taken = index = min(self._num_taken, len(log.token_ids))  # from_index may be past the end
         return TokenEvent(
             request_id=self.request_id,
             index=index,
-            token_ids=waiting,
+            token_ids=log.token_ids[index:],
             finish_reason=None if final is None else final.finish_reason,
             error=None if final is None else final.error,
             metrics=self._metrics,

@@ -6,6 +6,7 @@ SIGTERM: no new connections; running answers may end within drain_s, then they e
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import signal
@@ -60,8 +61,12 @@ def main() -> int:
     except (SettingsError, KeyFileError, ModelFilesError, UnsupportedDecoder, OSError) as error:
         sys.stderr.write(f"nibble gateway: {error}\n")
         return 1
+    app = create_app(gateway)
+    # What is here now stays: each full collection would look through it, for a tenth of a second.
+    gc.collect()
+    gc.freeze()
     config = uvicorn.Config(
-        create_app(gateway),
+        app,
         loop="uvloop",
         http="httptools",
         ws="none",

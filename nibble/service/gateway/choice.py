@@ -21,7 +21,7 @@ class Choice:
     num_tokens: generated tokens so far, the end-of-sequence token included, but none after a stop string.
     num_reasoning_tokens: those of them that are reasoning. finish_reason: set with the last text. is_stream_done:
     whether the engine is done too; it is not when a stop string ended the choice, and then has to be told. parser: has
-    what the text that `push` returned is made of; None: all of it is content.
+    what the text that `push` returned is made of; None: all of it is content. is_plain: so is all that is asked for.
     """
 
     __slots__ = (
@@ -37,6 +37,7 @@ class Choice:
         "_shows_stop",
         "_stop_token_ids",
         "finish_reason",
+        "is_plain",
         "is_stream_done",
         "metrics",
         "num_reasoning_tokens",
@@ -59,6 +60,7 @@ class Choice:
         self._stop_token_ids = frozenset(plan.requests[0].sampling.stop_token_ids)
         self._pending: list[int] = []  # the newest token if it may be a stop token whose finish reason is still to come
         self._shows_stop = plan.include_stop
+        self.is_plain = not (self._prompt or self._logprobs or self._scanner or self.parser)
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -67,6 +69,18 @@ class Choice:
 
     def push(self, event: TokenEvent) -> str:
         """Return the text that became certain. Nothing is pushed once finish_reason is set. Raises ServerFault."""
+        if event.metrics is not None:
+            self.metrics = event.metrics
+        token_ids = event.token_ids
+        if (
+            self.is_plain
+            and event.finish_reason is None
+            and not self._pending
+            and token_ids
+            and token_ids[-1] not in self._stop_token_ids
+        ):  # as mostly: nothing is held back
+            self.num_tokens += len(token_ids)
+            return self._detokenizer.push(token_ids)
         text = self._echo(event) if self._prompt else ""
         if self._logprobs is not None:
             self._logprobs.receive(event.token_ids, event.logprobs)
@@ -90,7 +104,6 @@ class Choice:
     def _push(self, event: TokenEvent) -> str:
         token_ids = self._pending + event.token_ids if self._pending else event.token_ids
         reason = event.finish_reason
-        self.metrics = event.metrics or self.metrics
         if reason is not None:
             self.is_stream_done = True
             self._pending = []

@@ -22,7 +22,7 @@ from nibble.service.gateway.usage import Usage
 # No blank line: to the `openai` client one ends an event, without data, once it has seen an id.
 KEEP_ALIVE = b": keep-alive\n"
 DONE = b"data: [DONE]\n\n"
-_TEXT = "@TEXT@"  # stands for the text while a template is made; no other field can hold it, see _escaped
+_TEXT = "@TEXT@"  # stands for the text while a template is made
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,8 @@ class ChunkEncoder:
         self._include_usage = include_usage
         self._has_logprobs = has_logprobs
         self._positions = [0] * num_choices
-        self._heads = []
-        self._tails = []
-        for choice in range(num_choices):
-            head, tail = self._chunk(shape.chunk(choice, Parts("", _TEXT, ()), None, None)).split(orjson.dumps(_TEXT))
-            self._heads.append(b"\ndata: " + head)
-            self._tails.append(tail + b"\n\n")
         self._id = f"id: {identity.request_id}:".encode()
+        self._templates = [self._template(choice) for choice in range(num_choices)]
 
     def opening(self) -> bytes:
         """What comes before the first delta, for each choice."""
@@ -87,8 +82,8 @@ class ChunkEncoder:
                 parts, shown = Parts(reasoning, text, calls), logprobs if self._has_logprobs else None
                 events = self._event(self._chunk(self._shape.chunk(choice, parts, shown, None)))
         elif text:
-            position = b"%d" % num_tokens if len(self._positions) == 1 else self._position()
-            events = b"".join((self._id, position, self._heads[choice], orjson.dumps(text), self._tails[choice]))
+            position = num_tokens if len(self._positions) == 1 else self._position()
+            events = self._templates[choice] % (position, orjson.dumps(text))
         if finish_reason is not None:
             self._positions[choice] += 1
             events += self._event(self._chunk(self._shape.chunk(choice, None, None, finish_reason)))
@@ -118,6 +113,14 @@ class ChunkEncoder:
         """What follows the last delta of an answer that ended with an error."""
         return b"data: " + error.body() + b"\n\n" + DONE
 
+    def _template(self, choice: int) -> bytes:
+        """An event with text alone, for the formatting of its position and its text."""
+        chunk = self._chunk(self._shape.chunk(choice, Parts("", _TEXT, ()), None, None))
+        head, _, tail = chunk.rpartition(orjson.dumps(_TEXT))  # the last one: a model may have that name
+        position = b"%d" if len(self._positions) == 1 else b"%b"
+        fixed = [part.replace(b"%", b"%%") for part in (self._id, head, tail)]
+        return fixed[0] + position + b"\ndata: " + fixed[1] + b"%b" + fixed[2] + b"\n\n"
+
     def _chunk(self, choice: dict[str, Any]) -> bytes:
         usage = {"usage": None} if self._include_usage else {}
         return orjson.dumps({**self._common(), "choices": [choice], **usage})
@@ -137,11 +140,14 @@ async def fold(generation: Generation, identity: Identity, shape: Shape) -> byte
     answers = [Answer() for _ in generation.choices]
     logprobs: list[list[TokenLogprob]] = [[] for _ in generation.choices]
     reasons = [""] * len(answers)
-    async for delta in generation.deltas():
+
+    def add(delta: Delta) -> None:
         answers[delta.choice].add(delta.reasoning, delta.text, delta.calls)
         logprobs[delta.choice] += delta.logprobs
         if delta.finish_reason is not None:
             reasons[delta.choice] = delta.finish_reason
+
+    await generation.run(add)
     has_logprobs = generation.plan.num_logprobs is not None
     choices = [
         shape.whole(index, answer, own_logprobs if has_logprobs else None, reason)

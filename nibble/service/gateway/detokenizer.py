@@ -103,7 +103,9 @@ class ByteLevelDetokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         bytes_of = self._bytes_of
-        data = self._tail + b"".join([bytes_of[token_id] for token_id in token_ids])
+        data = bytes_of[token_ids[0]] if len(token_ids) == 1 else b"".join([bytes_of[i] for i in token_ids])
+        if self._tail:
+            data = self._tail + data
         text, num_decoded = codecs.utf_8_decode(data, "replace", False)
         self._tail = data[num_decoded:]
         return text

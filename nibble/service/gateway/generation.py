@@ -1,16 +1,20 @@
 """One client request in flight: its choices' token streams, merged into one sequence of deltas.
 
-Both kinds of answer are made of these deltas: `completion.py` encodes each, or folds them all. Whatever happens,
-`close` is called once: it aborts what still runs, so that no worker generates for nobody. A generation that was not
-started but is followed (`follow.py`) belongs to somebody else: nothing is aborted, and nothing counted twice.
+Both kinds of answer are made of these deltas: `completion.py` encodes each, or folds them all. A delta is made and
+passed on in the call that tells of its tokens, without a task in between: waking one costs as much as all the rest.
+Whatever happens, `close` is called once: it aborts what still runs, so that no worker generates for nobody. A
+generation that was not started but is followed (`follow.py`) belongs to somebody else: nothing is aborted, and nothing
+counted twice.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from nibble.engine.protocol import FinishReason, TokenEvent
@@ -22,8 +26,8 @@ from nibble.service.gateway.choice import Choice
 from nibble.service.gateway.errors import ApiError, Cancelled, DeadlineExceeded, ServerFault, from_broker
 from nibble.service.gateway.gateway import Gateway
 from nibble.service.gateway.logprobs import TokenLogprob
-from nibble.service.gateway.metrics import Ended, Outcome
 from nibble.service.gateway.plan import Plan
+from nibble.service.gateway.progress import Progress
 from nibble.service.gateway.regroup import singly
 from nibble.service.gateway.tool_call_parser import CallDelta
 from nibble.service.gateway.usage import Usage
@@ -47,7 +51,7 @@ class Delta(NamedTuple):
 
 
 class Generation:
-    """Made by `start` or `follow`. When `interrupted` is set, the client is told that error and `deltas` is left.
+    """Made by `start` or `follow`. When `interrupted` is set, the client is told that error and `run` is cancelled.
 
     outlives_client: it goes on when its client leaves, who may come back for it.
     """
@@ -61,12 +65,18 @@ class Generation:
         ]
         self.interrupted: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         self._gateway = gateway
-        self._is_owner = is_owner
         self._streams: list[TokenStream] = []
-        self._singly_until: Sequence[int] = ()  # tokens that are taken one by one
+        # Tokens of each choice that are taken one by one. Events of a response are numbered: all of its tokens are, so
+        # that the numbers are the same however they came.
+        self._singly_until: Sequence[int] = (sys.maxsize,) if plan.response else ()
+        self._on_delta: Callable[[Delta], object] = _nobody
+        self._is_running = False  # else tokens wait in their streams
+        self._num_open = len(plan.requests)
+        self._ended = asyncio.Event()  # all choices have, or one failed
+        self._error: Exception | None = None
+        self._aborts: list[asyncio.Task[None]] = []  # of choices that a stop string ended
         self._timers: list[asyncio.TimerHandle] = []
-        self._ttft_s: float | None = None
-        self._last_token_s = [0.0] * len(plan.requests)
+        self._progress = Progress(plan, gateway.metrics) if is_owner else None
 
     @classmethod
     async def start(cls, plan: Plan, gateway: Gateway, terms: Terms) -> Generation:
@@ -85,7 +95,8 @@ class Generation:
             await asyncio.shield(generation._abort_unfinished())
             raise
         gateway.in_flight.add(generation)
-        gateway.metrics.num_waiting += 1
+        if generation._progress is not None:
+            generation._progress.begin()
         generation._start_timers()
         return generation
 
@@ -96,9 +107,15 @@ class Generation:
         """Give an answer again. `after`: tokens of each choice that the client has; a delta ends exactly there."""
         generation = cls(plan, gateway, is_owner=False)
         generation._streams = list(streams)
-        generation._singly_until = after
+        if after:
+            generation._singly_until = after
         gateway.in_flight.add(generation)
         return generation
+
+    @property
+    def is_owner(self) -> bool:
+        """It was started here, not followed."""
+        return self._progress is not None
 
     @property
     def quota_levels(self) -> tuple[Level, ...]:
@@ -110,9 +127,31 @@ class Generation:
         """All tokens are here."""
         return all(stream.is_complete for stream in self._streams)
 
-    def deltas(self) -> AsyncIterator[Delta]:
-        """Every choice ends with a delta that has a finish_reason. Raises ApiError if one fails."""
-        return self._choice_deltas(0) if len(self._streams) == 1 else self._merged_deltas()
+    async def run(self, on_delta: Callable[[Delta], object]) -> None:
+        """Pass on every delta; each choice's last one has a finish_reason. Raises ApiError if a choice fails."""
+        self._on_delta = on_delta
+        for index, stream in enumerate(self._streams):
+            stream.on_event = partial(self._on_event, index)
+        try:
+            self.resume()
+            await self._ended.wait()
+            await asyncio.gather(*self._aborts)
+        finally:
+            self.pause()
+            self._on_delta = _nobody
+            for stream in self._streams:
+                stream.on_event = None
+        if self._error is not None:
+            raise self._error
+
+    def pause(self) -> None:
+        """Let tokens wait, and come together. Deltas of those that came already still follow."""
+        self._is_running = False
+
+    def resume(self) -> None:
+        self._is_running = True
+        for index in range(len(self._streams)):
+            self._on_event(index)
 
     def interrupt(self, error: ApiError) -> None:
         """End the answer with this error, unless it is ending already."""
@@ -141,35 +180,47 @@ class Generation:
         for timer in self._timers:
             timer.cancel()
         self._gateway.in_flight.discard(self)
-        if self._is_owner:
-            self._count(error)
+        if self._progress is not None:
+            self._progress.end(self.choices, self.usage(), error)
             await asyncio.shield(self._abort_unfinished())
         else:
             for stream in self._streams:
                 stream.close()
 
-    async def _choice_deltas(self, index: int) -> AsyncIterator[Delta]:
-        choice = self.choices[index]
+    def _on_event(self, index: int) -> None:
+        """Pass on what has come of a choice."""
+        if not self._is_running or self._error is not None or (event := self._streams[index].take()) is None:
+            return
         try:
-            async for event in self._events(index):
-                text = self._push(index, event)
-                reason = choice.finish_reason
-                if reason is FinishReason.ERROR or reason is FinishReason.ABORT:
-                    if text:
-                        yield self._delta(index, text, None)
-                    raise self._failure(event, reason)
-                if choice.parser is None:  # most are
-                    if text or reason is not None:
-                        yield Delta(index, text, reason, choice.num_tokens, choice.take_logprobs())
-                elif text or reason is not None:
-                    yield self._delta(index, text, choice.told_reason)
-                if reason is not None:
-                    break
-            assert choice.finish_reason is not None, f"{self.plan.request_id}: the stream ended without a last event"
-        except BrokerError as error:
-            raise from_broker(error) from error
-        if not choice.is_stream_done:
-            await self._abort(index, FinishReason.STOP)
+            if self._singly_until:
+                for part in singly(event, self._singly_until[index]):
+                    self._pass_on(index, part)
+            else:
+                self._pass_on(index, event)
+        except Exception as error:  # whatever it is ends this answer, and no other one
+            self._error = error
+            self._ended.set()
+
+    def _pass_on(self, index: int, event: TokenEvent) -> None:
+        choice = self.choices[index]
+        if choice.finish_reason is not None:
+            return  # a stop string ended it in an earlier part of the same event
+        num_before = choice.num_tokens
+        text = choice.push(event)
+        if self._progress is not None and (num_new := choice.num_tokens - num_before):
+            self._progress.observe(index, num_new, is_first=num_before == 0)
+        reason = choice.finish_reason
+        if reason is FinishReason.ERROR or reason is FinishReason.ABORT:
+            if text:
+                self._on_delta(self._delta(index, text, None))
+            raise self._failure(event, reason)
+        if text or reason is not None:
+            if choice.is_plain:
+                self._on_delta(Delta(index, text, reason, choice.num_tokens))
+            else:
+                self._on_delta(self._delta(index, text, choice.told_reason))
+            if reason is not None:
+                self._on_choice_end(index)
 
     def _delta(self, index: int, text: str, reason: str | None) -> Delta:
         choice = self.choices[index]
@@ -177,64 +228,13 @@ class Generation:
         logprobs = choice.take_logprobs()
         return Delta(index, parts.content, reason, choice.num_tokens, logprobs, parts.reasoning, parts.calls)
 
-    async def _merged_deltas(self) -> AsyncIterator[Delta]:
-        queue: asyncio.Queue[Delta | asyncio.Task[None]] = asyncio.Queue()
-
-        async def pump(index: int) -> None:
-            async for delta in self._choice_deltas(index):
-                queue.put_nowait(delta)
-
-        tasks = [asyncio.create_task(pump(index)) for index in range(len(self._streams))]
-        for task in tasks:
-            task.add_done_callback(queue.put_nowait)
-        num_open = len(tasks)
-        try:
-            while num_open:
-                item = await queue.get()
-                if isinstance(item, asyncio.Task):
-                    item.result()
-                    num_open -= 1
-                else:
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _events(self, index: int) -> AsyncIterator[TokenEvent]:
-        stream = self._streams[index]
-        return singly(stream, self._singly_until[index]) if self._singly_until else stream
-
-    def _push(self, index: int, event: TokenEvent) -> str:
-        choice = self.choices[index]
-        before = choice.num_tokens
-        text = choice.push(event)
-        if (num_new := choice.num_tokens - before) and self._is_owner:
-            self._observe_tokens(index, num_new, is_first=before == 0)
-        return text
-
-    def _observe_tokens(self, index: int, num_new: int, *, is_first: bool) -> None:
-        """Every token but a choice's first has a gap before it; tokens that came together share the time they took."""
-        now_s = time.monotonic()
-        inter_token_s = self._gateway.metrics.inter_token_s
-        if not is_first:
-            inter_token_s.observe((now_s - self._last_token_s[index]) / num_new, num_new)
-        else:
-            if num_new > 1:
-                inter_token_s.observe(0.0, num_new - 1)
-            if self._ttft_s is None:
-                self._on_first_token()
-        self._last_token_s[index] = now_s
-
-    def _on_first_token(self) -> None:
-        metrics = self._gateway.metrics
-        self._ttft_s = self._age_s()
-        metrics.ttft_s.observe(self._ttft_s)
-        metrics.num_waiting -= 1
-        metrics.num_running += 1
-
-    def _age_s(self) -> float:
-        return time.time() - self.plan.arrival_s
+    def _on_choice_end(self, index: int) -> None:
+        if not self.choices[index].is_stream_done:
+            self.choices[index].is_stream_done = True
+            self._aborts.append(asyncio.create_task(self._abort(index, FinishReason.STOP)))
+        self._num_open -= 1
+        if self._num_open == 0:
+            self._ended.set()
 
     def _failure(self, event: TokenEvent, reason: FinishReason) -> ApiError:
         deadline_s = self.plan.requests[0].deadline_s
@@ -254,16 +254,16 @@ class Generation:
             self._timers.append(loop.call_later(self.plan.first_token_by_s - time.time(), self._check_first_token))
 
     def _check_first_token(self) -> None:
-        if self._ttft_s is None:
+        if self._progress is not None and self._progress.ttft_s is None:
             self.interrupt(DeadlineExceeded("the first token did not come by its deadline"))
 
     async def _abort_unfinished(self) -> None:
         for index in range(len(self._streams)):
             if not self.choices[index].is_stream_done:
+                self.choices[index].is_stream_done = True
                 await self._abort(index, FinishReason.ABORT)
 
     async def _abort(self, index: int, reason: FinishReason) -> None:
-        self.choices[index].is_stream_done = True
         stream = self._streams[index]
         stream.close()
         try:
@@ -271,26 +271,6 @@ class Generation:
         except BrokerError as error:  # the answer is not at fault, and the worker stops at max_tokens
             logger.warning("request_id=%s abort failed: %s", stream.request_id, error)
 
-    def _count(self, error: ApiError | None) -> None:
-        metrics = self._gateway.metrics
-        duration_s = self._age_s()
-        if self._ttft_s is None:
-            metrics.num_waiting -= 1
-        else:
-            metrics.num_running -= 1
-        unfinished = FinishReason.ABORT if error is None or error.status < 500 else FinishReason.ERROR
-        reasons = [choice.finish_reason or unfinished for choice in self.choices]
-        is_whole = all(choice.finish_reason is not None for choice in self.choices)
-        outcome = Outcome.of(error) if error else Outcome.OK if is_whole else Outcome.ABORTED
-        usage = self.usage()
-        metrics.count_end(Ended(self.plan.tenant, outcome, reasons, usage, duration_s))
-        logger.info(
-            "request_id=%s status=%d finish_reason=%s prompt_tokens=%d generated_tokens=%d ttft_ms=%s duration_ms=%.0f",
-            self.plan.request_id,
-            error.status if error else 200,
-            ",".join(reasons),
-            usage.prompt_tokens,
-            usage.completion_tokens,
-            "-" if self._ttft_s is None else f"{self._ttft_s * 1e3:.0f}",
-            duration_s * 1e3,
-        )
+
+def _nobody(delta: Delta) -> None:
+    """Deltas before and after `run`."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, Protocol, TypeVar
+import types
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+from typing import Any, Protocol, TypeVar, cast
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from nibble.service.gateway.boundary import SERVER_SEND
 from nibble.service.gateway.completion import KEEP_ALIVE
@@ -142,10 +144,18 @@ class StreamResponse(_GenerationResponse):
         if opening := encoder.opening():
             await send_chunk({"type": "http.response.body", "body": opening, "more_body": True})
         self._last_sent_s = time.monotonic()
-        async for delta in generation.deltas():
+        writer = _Writer(send_chunk, generation)
+
+        def write(delta: Delta) -> None:
             if events := encoder.delta(delta):
-                await send_chunk({"type": "http.response.body", "body": events, "more_body": True})
+                writer.write({"type": "http.response.body", "body": events, "more_body": True})
                 self._last_sent_s = time.monotonic()
+
+        try:
+            await generation.run(write)
+            await writer.drained()
+        finally:
+            writer.stop()
         return encoder.closing(generation.usage())
 
     async def _keep_alive(self, receive: Receive, send_chunk: Send) -> None:
@@ -160,6 +170,56 @@ class StreamResponse(_GenerationResponse):
             if self._is_started and time.monotonic() >= self._last_sent_s + self._keep_alive_s:
                 await send_chunk({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
                 self._last_sent_s = time.monotonic()
+
+
+class _Writer:
+    """Writes to the client in the very call that has something to write, without a task to be woken for it.
+
+    `send` mostly does all it has to before it waits for anything, so its coroutine is begun by hand. It waits where the
+    client reads more slowly than is written; only then there is a task for the rest, and the generation pauses.
+    """
+
+    def __init__(self, send: Send, generation: Generation) -> None:
+        self._send = cast(Callable[[Message], Coroutine[Any, None, None]], send)
+        self._generation = generation
+        self._waiting: deque[Message] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    def write(self, message: Message) -> None:
+        if self._task is not None:
+            self._waiting.append(message)
+            return
+        sending = self._send(message)
+        try:
+            obstacle = sending.send(None)
+        except StopIteration:
+            return
+        self._generation.pause()
+        self._task = asyncio.create_task(self._go_on(sending, obstacle))
+
+    async def drained(self) -> None:
+        """All is written. Raises what a write raised."""
+        while self._task is not None:
+            await self._task
+
+    def stop(self) -> None:
+        """Nothing more is written."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _go_on(self, sending: Coroutine[Any, None, None], obstacle: Any) -> None:
+        await _rest(sending, obstacle)
+        while self._waiting:
+            await self._send(self._waiting.popleft())
+        self._task = None
+        self._generation.resume()
+
+
+@types.coroutine
+def _rest(begun: Coroutine[Any, None, None], obstacle: Any) -> Generator[Any, None, None]:
+    """Wait for the future that a coroutine begun by hand waits for, then go on with it as a task would have."""
+    yield obstacle
+    yield from begun
 
 
 async def _until_disconnect(receive: Receive) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -253,11 +253,6 @@ def events_of(token_ids: Sequence[int], cuts: Sequence[int], reason: FinishReaso
     ]
 
 
-async def one_by_one(events: list[TokenEvent]) -> AsyncIterator[TokenEvent]:
-    for event in events:
-        yield event
-
-
 def texts(model: ServedModel, events: list[TokenEvent], plan: dict[str, Any]) -> dict[int, str]:
     """Position -> the text so far."""
     choice, text, found = Choice(make_plan(**plan), model.make_detokenizer(True)), "", {}
@@ -271,7 +266,7 @@ def texts(model: ServedModel, events: list[TokenEvent], plan: dict[str, Any]) ->
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-async def test_tokens_one_by_one_pass_every_position_with_the_same_text(
+def test_tokens_one_by_one_pass_every_position_with_the_same_text(
     served_model: ServedModel, data: st.DataObject
 ) -> None:
     end = min(served_model.eos_token_ids)
@@ -283,7 +278,7 @@ async def test_tokens_one_by_one_pass_every_position_with_the_same_text(
     reason = data.draw(st.sampled_from([FinishReason.STOP, FinishReason.LENGTH]))
     grouped = events_of(token_ids, cuts, reason)
     whole = events_of(token_ids, (), reason)
-    single = [event async for event in singly(one_by_one(whole), len(token_ids))]
+    single = [part for event in whole for part in singly(event, len(token_ids))]
     assert [event.token_ids for event in single[: len(token_ids)]] == [[token_id] for token_id in token_ids]
     found, expected = texts(served_model, single, plan), texts(served_model, grouped, plan)
     assert {position: found.get(position) for position in expected} == expected

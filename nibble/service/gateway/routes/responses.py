@@ -155,6 +155,5 @@ def _builder(gateway: Gateway, recipe: Recipe, generation: Generation) -> Respon
 
 
 async def _build(builder: ResponseBuilder, generation: Generation) -> None:
-    async for delta in generation.deltas():
-        builder.add(delta)
+    await generation.run(builder.add)
     builder.end(generation.usage())

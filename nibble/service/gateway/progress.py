@@ -1,0 +1,74 @@
+"""What metrics and the log are told of one request, of which this gateway is the owner."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from nibble.engine.protocol import FinishReason
+from nibble.service.gateway.choice import Choice
+from nibble.service.gateway.errors import ApiError
+from nibble.service.gateway.metrics import Ended, GatewayMetrics, Outcome
+from nibble.service.gateway.plan import Plan
+from nibble.service.gateway.usage import Usage
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """`begin`, `observe` for all new tokens, `end`. ttft_s: None until there is a token."""
+
+    def __init__(self, plan: Plan, metrics: GatewayMetrics) -> None:
+        self.ttft_s: float | None = None
+        self._plan = plan
+        self._metrics = metrics
+        self._last_token_s = [0.0] * len(plan.requests)
+
+    def begin(self) -> None:
+        self._metrics.num_waiting += 1
+
+    def observe(self, choice: int, num_new: int, *, is_first: bool) -> None:
+        """Every token but a choice's first has a gap before it; tokens that came together share the time they took."""
+        now_s = time.monotonic()
+        inter_token_s = self._metrics.inter_token_s
+        if not is_first:
+            inter_token_s.observe((now_s - self._last_token_s[choice]) / num_new, num_new)
+        else:
+            if num_new > 1:
+                inter_token_s.observe(0.0, num_new - 1)
+            if self.ttft_s is None:
+                self._on_first_token()
+        self._last_token_s[choice] = now_s
+
+    def end(self, choices: Sequence[Choice], usage: Usage, error: ApiError | None) -> None:
+        """error: what the client was told, if it was one."""
+        metrics, duration_s = self._metrics, self._age_s()
+        if self.ttft_s is None:
+            metrics.num_waiting -= 1
+        else:
+            metrics.num_running -= 1
+        unfinished = FinishReason.ABORT if error is None or error.status < 500 else FinishReason.ERROR
+        reasons = [choice.finish_reason or unfinished for choice in choices]
+        is_whole = all(choice.finish_reason is not None for choice in choices)
+        outcome = Outcome.of(error) if error else Outcome.OK if is_whole else Outcome.ABORTED
+        metrics.count_end(Ended(self._plan.tenant, outcome, reasons, usage, duration_s))
+        logger.info(
+            "request_id=%s status=%d finish_reason=%s prompt_tokens=%d generated_tokens=%d ttft_ms=%s duration_ms=%.0f",
+            self._plan.request_id,
+            error.status if error else 200,
+            ",".join(reasons),
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            "-" if self.ttft_s is None else f"{self.ttft_s * 1e3:.0f}",
+            duration_s * 1e3,
+        )
+
+    def _on_first_token(self) -> None:
+        self.ttft_s = self._age_s()
+        self._metrics.ttft_s.observe(self.ttft_s)
+        self._metrics.num_waiting -= 1
+        self._metrics.num_running += 1
+
+    def _age_s(self) -> float:
+        return time.time() - self._plan.arrival_s
