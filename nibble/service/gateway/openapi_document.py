@@ -52,6 +52,8 @@ def _responses(path: str, method: str) -> dict[str, Any]:
         schemas = {_TEXT: {"type": "string"}}
     elif path.endswith("/stream"):
         schemas = {_EVENTS: {}}
+    elif path == "/v1/responses/{response_id}" and method == "get":
+        schemas[_EVENTS] = {}
     elif method == "post" and path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
         schemas[_EVENTS] = {}
     error = {"description": "An error", "content": {_JSON: {"schema": {"$ref": SCHEMA_REF.format(model="Error")}}}}

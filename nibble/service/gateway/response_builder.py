@@ -129,10 +129,14 @@ def _usage(usage: Usage) -> dict[str, object]:
 
 
 class ResponseEncoder:
-    """A builder's events as server-sent events, numbered; the event id is `<response id>:<number>`."""
+    """A builder's events as server-sent events, numbered; the event id is `<response id>:<number>`.
 
-    def __init__(self, builder: ResponseBuilder) -> None:
+    after: the number of the last event that the client has.
+    """
+
+    def __init__(self, builder: ResponseBuilder, after: int = -1) -> None:
         self._builder = builder
+        self._after = after
         self._number = 0
 
     def opening(self) -> bytes:
@@ -150,8 +154,9 @@ class ResponseEncoder:
     def _encoded(self, events: Sequence[Event]) -> bytes:
         parts: list[bytes] = []
         for event in events:
-            numbered = orjson.dumps({**event, "sequence_number": self._number})
-            head = f"id: {self._builder.response['id']}:{self._number}\nevent: {event['type']}\ndata: "
-            parts += (head.encode(), numbered, b"\n\n")
+            if self._number > self._after:
+                numbered = orjson.dumps({**event, "sequence_number": self._number})
+                head = f"id: {self._builder.response['id']}:{self._number}\nevent: {event['type']}\ndata: "
+                parts += (head.encode(), numbered, b"\n\n")
             self._number += 1
         return b"".join(parts)

@@ -55,6 +55,11 @@ class SyntheticWorker(threading.Thread):
         self._running: dict[str, tuple[GenerationRequest, list[int], int]] = {}
         self._must_stop = threading.Event()
 
+    @property
+    def is_done(self) -> bool:
+        """It was given something, and all of that has ended."""
+        return bool(self.seen) and not self._running
+
     def stop(self) -> None:
         self._must_stop.set()
         self.gate.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import orjson
@@ -37,8 +38,8 @@ def _too_large(size: str, max_bytes: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body has {size}, the limit is {max_bytes}")
 
 
-def json_response(value: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(value), status, media_type="application/json")
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(value), status, headers, "application/json")
 
 
 def body_schema(*models: type[BaseModel]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -11,7 +12,8 @@ from starlette.responses import Response
 
 from nibble.service.gateway import response_store
 from nibble.service.gateway.errors import ApiError, InvalidRequest, NotFound, from_validation, shown
-from nibble.service.gateway.follow import cancel, follow
+from nibble.service.gateway.field_support import ignored_header
+from nibble.service.gateway.follow import cancel, follow, positions_in
 from nibble.service.gateway.gateway import Gateway
 from nibble.service.gateway.generation import Generation
 from nibble.service.gateway.plan import ClientContext, Plan
@@ -27,6 +29,11 @@ from nibble.service.gateway.served_model import ServedModel
 router = APIRouter(tags=["responses"])
 
 MAX_LISTED, _DEFAULT_LISTED = 100, 20
+_QUERY = [
+    {"name": "stream", "in": "query", "schema": {"type": "boolean"}},
+    {"name": "starting_after", "in": "query", "schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999}},
+]
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 async def _plan(body: bytes, gateway: Gateway, model: ServedModel, client: ClientContext) -> Plan:
@@ -41,21 +48,34 @@ async def _plan(body: bytes, gateway: Gateway, model: ServedModel, client: Clien
 
 
 def _respond(answer: Answer) -> Response:
-    gateway, recipe, generation = answer.gateway, answer.recipe, answer.generation
-    builder = _builder(gateway, recipe, generation)
-
-    async def save() -> None:
-        await response_store.save(gateway, recipe, builder.response)
+    generation = answer.generation
+    if generation.plan.stream:
+        return _stream(answer)
+    builder = _builder(answer.gateway, answer.recipe, generation)
 
     async def fold() -> bytes:
         await _build(builder, generation)
-        await save()
+        await _save(answer, builder)
         return orjson.dumps(builder.response)
 
-    if generation.plan.stream:
-        encoder = ResponseEncoder(builder)
-        return StreamResponse(generation, encoder, answer.headers, gateway.settings.keep_alive_s, before_end=save)
     return CompletionResponse(generation, fold, answer.headers)
+
+
+def _stream(answer: Answer) -> Response:
+    gateway, generation = answer.gateway, answer.generation
+    builder = _builder(gateway, answer.recipe, generation)
+    encoder = ResponseEncoder(builder, answer.after[0] if answer.after else -1)
+
+    async def save() -> None:
+        await _save(answer, builder)
+
+    return StreamResponse(generation, encoder, answer.headers, gateway.settings.keep_alive_s, before_end=save)
+
+
+async def _save(answer: Answer, builder: ResponseBuilder) -> None:
+    """Of one who only follows, what it amounts to if they leave is not what the response is."""
+    if answer.generation.is_owner or builder.response["status"] in ("completed", "incomplete"):
+        await response_store.save(answer.gateway, answer.recipe, builder.response)
 
 
 _RESPONSE = Endpoint("response", "resp_", _plan, _respond)
@@ -73,12 +93,53 @@ async def compact() -> Response:
     raise NotFound("compaction is not supported", code="unknown_url")
 
 
-@router.get("/v1/responses/{response_id}")
+@router.get("/v1/responses/{response_id}", openapi_extra={"parameters": _QUERY})
 async def retrieve_response(response_id: str, request: Request) -> Response:
-    """A response that is kept, or as far as it is known while it is generated."""
-    if request.query_params.get("stream") in ("true", "1"):
-        raise InvalidRequest("stream is not supported here", param="stream", code="unsupported_parameter")
-    return json_response((await _record(request, response_id))["response"])
+    """A response that is kept, or as far as it is known while it is generated.
+
+    With the query `stream=true` its events, from the first one or after the one of the number `starting_after` on.
+    """
+    query = request.query_params
+    wanted, starting_after = query.get("stream", "false"), query.get("starting_after")
+    if wanted not in _FLAGS:
+        raise InvalidRequest(f"stream: should be true or false (got {shown(wanted)})", param="stream")
+    ignored = ignored_header(tuple(name for name in query if name not in ("stream", "starting_after")))
+    headers = {"x-nibble-ignored": ignored} if ignored else {}
+    if _FLAGS[wanted]:
+        return await _streamed_again(request, response_id, _last_number(request, response_id), headers)
+    if starting_after is not None:
+        raise InvalidRequest("starting_after is only allowed when stream is true", param="starting_after")
+    return json_response((await _record(request, response_id))["response"], headers=headers)
+
+
+def _last_number(request: Request, response_id: str) -> tuple[int, ...]:
+    """Of the last event that the client has; () if none. Raises InvalidRequest."""
+    number, event_id = request.query_params.get("starting_after"), request.headers.get("last-event-id")
+    if number is None:
+        return positions_in(event_id, response_id, 1) if event_id else ()
+    if not (number.isascii() and number.isdigit() and len(number) < 10):
+        message = f"starting_after: should be the number of an event (got {shown(number)})"
+        raise InvalidRequest(message, param="starting_after")
+    return (int(number),)
+
+
+async def _streamed_again(
+    request: Request, response_id: str, after: tuple[int, ...], headers: Mapping[str, str]
+) -> Response:
+    """Made of its tokens again, which are not kept as long as the response itself. Raises NotFound, Unavailable."""
+    gateway, asker = gateway_of(request), asker_of(request, _RESPONSE)
+    stored = await response_store.load(gateway, response_id, asker.tenant)
+    try:
+        recipe, generation = await follow(gateway, response_id, asker)
+    except NotFound as error:
+        if stored is None:
+            raise response_store.not_found(response_id) from error
+        message = f"the events of the response {shown(response_id)} are not kept any more, the response itself is"
+        raise NotFound(message, param="stream", code="response_events_not_found") from error
+    if not orjson.loads(recipe.plan.response)["store"]:
+        await generation.close()
+        raise response_store.not_found(response_id)
+    return _stream(Answer(gateway, recipe, generation, headers, after))
 
 
 @router.get("/v1/responses/{response_id}/input_items")
