@@ -13,6 +13,12 @@ from pydantic.json_schema import models_json_schema
 from nibble.service.gateway.routes.body import SCHEMA_REF
 
 _JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
+_STREAMING = {
+    ("post", "/v1/chat/completions"),
+    ("post", "/v1/completions"),
+    ("post", "/v1/responses"),
+    ("get", "/v1/responses/{response_id}"),
+}
 _ERROR: dict[str, Any] = {
     "type": "object",
     "required": ["error"],
@@ -52,9 +58,7 @@ def _responses(path: str, method: str) -> dict[str, Any]:
         schemas = {_TEXT: {"type": "string"}}
     elif path.endswith("/stream"):
         schemas = {_EVENTS: {}}
-    elif path == "/v1/responses/{response_id}" and method == "get":
-        schemas[_EVENTS] = {}
-    elif method == "post" and path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
+    elif (method, path) in _STREAMING:
         schemas[_EVENTS] = {}
     error = {"description": "An error", "content": {_JSON: {"schema": {"$ref": SCHEMA_REF.format(model="Error")}}}}
     answers = {"200": _content("The answer", schemas), "default": error}

@@ -32,10 +32,19 @@ _NAMES = (
 REJECTED: Mapping[str, Callable[[Any], bool]] = {
     "background": lambda value: not value,
     "conversation": lambda value: not value,
+    "moderation": lambda value: not value,
     "prompt": lambda value: not value,
     "truncation": lambda value: value == "disabled",  # nothing of a prompt is ever left out
 }
-REPORTED = ("max_tool_calls", "prompt_cache_retention", "context_management")
+REPORTED = (
+    "max_tool_calls",
+    "prompt_cache_retention",
+    "prompt_cache_options",
+    "context_management",
+    "background_options",
+    "image",
+    "access_programs",
+)
 
 
 async def to_response_plan(

@@ -7,8 +7,13 @@ import runpy
 from pathlib import Path
 
 import pytest
+from openai.types import completion_create_params as text_params
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params
+from pydantic import BaseModel
 
 from nibble.service.gateway.schema.chat import ChatCompletionRequest
+from nibble.service.gateway.schema.responses import ResponseRequest
 from nibble.service.gateway.schema.sampling import SamplingBody
 from nibble.service.gateway.schema.text import CompletionRequest
 
@@ -32,3 +37,16 @@ def test_the_table_of_all_fields_is_that_of_the_schemas() -> None:
     script = runpy.run_path(str(DOCS.with_name("field_table.py")))
     assert DOCS.read_text() == script["page"]()
     assert "| `suffix` | string |  | rejected |  |" in DOCS.read_text()
+
+
+@pytest.mark.parametrize(
+    ("sdk", "model"),
+    [
+        (chat_params.CompletionCreateParamsBase, ChatCompletionRequest),
+        (text_params.CompletionCreateParamsBase, CompletionRequest),
+        (response_create_params.ResponseCreateParamsBase, ResponseRequest),
+    ],
+)
+def test_every_parameter_of_the_official_client_is_known(sdk: type, model: type[BaseModel]) -> None:
+    """Thus in the table, with what becomes of it."""
+    assert set(sdk.__annotations__) <= set(model.model_fields)

@@ -138,6 +138,7 @@ def test_items_become_messages(running: RunningGateway) -> None:
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "x"}}, "prompt"),
         ({"truncation": "auto"}, "truncation"),
+        ({"moderation": {"model": "x"}}, "moderation"),
         ({"temperature": 3}, "temperature"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 10_000}, "input"),

@@ -81,6 +81,9 @@ class ResponseRequest(Body):
         None
     )
     background: bool | None = None
+    background_options: dict[str, Any] | None = None
+    image: dict[str, Any] | None = None
+    moderation: dict[str, Any] | None = None
 
     # tools and reasoning
     tools: list[dict[str, Any]] | None = None
@@ -101,3 +104,5 @@ class ResponseRequest(Body):
     safety_identifier: Annotated[str, Field(max_length=256)] | None = None
     prompt_cache_key: Annotated[str, Field(max_length=256)] | None = None
     prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    access_programs: dict[str, Any] | None = None
