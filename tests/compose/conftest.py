@@ -37,14 +37,13 @@ def build(daemon: None) -> Callable[[str], str]:
 
 
 @pytest.fixture(scope="session")
-def service(build: Callable[[str], str]) -> Iterator[Service]:
-    build("gateway")
-    build("worker-cpu")
+def service(daemon: None) -> Iterator[Service]:
     port, prometheus_port = free_port(), free_port()
     variables = {"NIBBLE_PORT": str(port), "NIBBLE_PROMETHEUS_PORT": str(prometheus_port)}
     compose = Compose(f"nibble-test-{secrets.token_hex(3)}", variables)
     service = Service(compose, port, prometheus_port)
     try:
+        compose("build", "gateway", "worker")
         service.scale(gateways=1, workers=1)
         yield service
     finally:

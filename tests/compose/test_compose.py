@@ -6,6 +6,7 @@ The tests share one service. Each leaves it whole: as many gateways and workers 
 from __future__ import annotations
 
 import json
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from compose_service import Service
-from docker_commands import docker, wait_until
+from docker_commands import ROOT, docker, wait_until
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(1500)]
 
@@ -165,10 +166,17 @@ def test_prometheus_finds_every_container_and_has_their_data(service: Service, a
 
 
 def test_prometheus_evaluates_every_rule(service: Service) -> None:
-    def broken() -> list[object]:
-        groups = service.prometheus("rules")["groups"]
-        return [rule for group in groups for rule in group["rules"] if rule["health"] != "ok"]
+    def rules() -> list[dict[str, str]]:
+        return [rule for group in service.prometheus("rules")["groups"] for rule in group["rules"]]
 
+    def broken() -> list[dict[str, str]]:
+        return [rule for rule in rules() if rule["health"] != "ok"]
+
+    files = (ROOT / "observability" / "prometheus" / "rules").glob("*.yml")
+    assert len(rules()) == sum(
+        len(re.findall(r"^ +- (?:record|alert):", file.read_text(), re.MULTILINE)) for file in files
+    )
+    assert rules()
     wait_until(lambda: not broken(), SCRAPE_S, broken)
 
 
