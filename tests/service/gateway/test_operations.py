@@ -32,6 +32,12 @@ def test_not_ready_without_a_worker_and_alive_all_the_same(run_gateway: Callable
         assert httpx.get(f"{running.url}/health").status_code == 200
 
 
+def test_ready_without_a_worker_where_they_scale_from_zero(run_gateway: Callable[..., Any]) -> None:
+    """Nobody would send the request that the first one starts for."""
+    with run_gateway(has_worker=False, needs_worker=False) as running:
+        assert ready(running) == (200, None)
+
+
 def test_not_ready_while_the_only_worker_loads(run_gateway: Callable[..., Any]) -> None:
     with run_gateway(has_worker=False) as running:
         running.worker.state = "loading"

@@ -52,6 +52,6 @@ async def _why_not_ready(gateway: Gateway) -> str | None:
     except BrokerError as error:
         return f"the broker cannot be reached: {error}"
     states = [worker.state for worker in status.workers]
-    if "ready" in states:
+    if "ready" in states or not gateway.settings.needs_worker:
         return None
     return f"no worker is ready: {', '.join(states)}" if states else "no worker is alive"
