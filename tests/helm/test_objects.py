@@ -1,0 +1,299 @@
+"""What the rendered objects say: times, probes, selectors, secrets, security, networks."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from charts import (
+    CHART,
+    NAMESPACE,
+    ROOT,
+    Object,
+    container,
+    environment,
+    one,
+    pod,
+    render,
+    workloads,
+)
+
+from nibble.service.broker.keys import Keys
+from nibble.service.gateway.__main__ import _CLOSING_S
+
+pytestmark = pytest.mark.helm
+
+KEDA = ("-f", str(CHART / "examples" / "keda.yaml"))
+EXTERNAL = ("-f", str(CHART / "examples" / "external-redis.yaml"))
+GPU = ("-f", str(CHART / "examples" / "single-gpu.yaml"))
+ALL = [(), KEDA, EXTERNAL, GPU, ("-f", str(CHART / "examples" / "cpu-trial.yaml"))]
+
+
+@pytest.fixture(params=ALL, ids=lambda values: Path(values[-1]).stem if values else "defaults")
+def objects(request: pytest.FixtureRequest) -> list[Object]:
+    return render(*request.param)
+
+
+@pytest.mark.parametrize("drain_s", [0, 30, 600])
+def test_a_gateway_gets_the_time_it_drains_for(drain_s: int) -> None:
+    gateway = one(
+        render("--set", f"gateway.drainSeconds={drain_s}", "--set", "gateway.preStopSeconds=7"), "Deployment", "gateway"
+    )
+    assert container(gateway)["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "7"]
+    assert environment(gateway)["NIBBLE_DRAIN_S"] == str(drain_s)
+    assert pod(gateway)["terminationGracePeriodSeconds"] >= 7 + drain_s + _CLOSING_S
+
+
+def test_probes_ask_each_process_what_it_answers(objects: list[Object]) -> None:
+    gateway, worker = (container(one(objects, "Deployment", name)) for name in ("gateway", "worker"))
+    paths = {name: gateway[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
+    assert paths == {"startup": "/health", "liveness": "/health", "readiness": "/ready"}
+    for name in ("startup", "liveness", "readiness"):
+        assert worker[f"{name}Probe"]["httpGet"]["path"] == "/health"
+    for process in (gateway, worker):
+        (port,) = process["ports"]
+        assert port["protocol"] == "TCP"
+        assert {process[f"{name}Probe"]["httpGet"]["port"] for name in ("startup", "liveness", "readiness")} == {
+            port["name"]
+        }
+
+
+@pytest.mark.parametrize("startup_s", [1, 899, 3600])
+def test_a_worker_gets_the_time_it_loads_for(startup_s: int) -> None:
+    worker = one(render("--set", f"worker.startupSeconds={startup_s}"), "Deployment", "worker")
+    probe = container(worker)["startupProbe"]
+    assert startup_s <= probe["periodSeconds"] * probe["failureThreshold"] < startup_s + 5
+    assert worker["spec"]["progressDeadlineSeconds"] > startup_s
+
+
+def matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
+    return selector.items() <= labels.items()
+
+
+def labels_of_pods(objects: list[Object]) -> dict[str, dict[str, str]]:
+    return {
+        item["metadata"]["name"]: item["spec"].get("template", item)["metadata"]["labels"]
+        for item in workloads(objects)
+    }
+
+
+def test_each_selector_finds_its_pods_and_no_others(objects: list[Object]) -> None:
+    pods = labels_of_pods(objects)
+    for item in objects:
+        spec, kind = item.get("spec", {}), item["kind"]
+        if kind in ("Deployment", "StatefulSet", "PodDisruptionBudget"):
+            selector = spec["selector"]["matchLabels"]
+        elif kind == "Service":
+            selector = spec["selector"]
+        elif kind == "NetworkPolicy":
+            selector = spec["podSelector"]["matchLabels"]
+        else:
+            continue
+        found = [name for name, labels in pods.items() if matches(selector, labels)]
+        assert len(found) == 1, item["metadata"]["name"]
+        assert item["metadata"]["labels"]["app.kubernetes.io/component"] in found[0]
+
+
+def test_monitors_find_their_services_and_ports() -> None:
+    objects = render(*KEDA)
+    for monitor in (item for item in objects if item["kind"] == "ServiceMonitor"):
+        services = [
+            item
+            for item in objects
+            if item["kind"] == "Service"
+            and matches(monitor["spec"]["selector"]["matchLabels"], item["metadata"]["labels"])
+        ]
+        (service,), (endpoint,) = services, monitor["spec"]["endpoints"]
+        assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
+
+
+def test_pods_are_nobody_and_write_to_volumes_alone(objects: list[Object]) -> None:
+    for workload in workloads(objects):
+        spec = pod(workload)
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["enableServiceLinks"] is False
+        for process in [*spec["containers"], *spec.get("initContainers", [])]:
+            assert process["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert "memory" in process["resources"]["limits"]
+
+
+def test_volumes_that_are_mounted_are_there(objects: list[Object]) -> None:
+    for workload in workloads(objects):
+        spec = pod(workload)
+        there = {volume["name"] for volume in spec.get("volumes", [])}
+        there |= {claim["metadata"]["name"] for claim in workload["spec"].get("volumeClaimTemplates", [])}
+        mounted = [
+            mount["name"]
+            for process in [*spec["containers"], *spec.get("initContainers", [])]
+            for mount in process.get("volumeMounts", [])
+        ]
+        assert set(mounted) == there
+
+
+def test_the_model_is_prepared_where_processes_look_for_it(objects: list[Object]) -> None:
+    for name in ("gateway", "worker"):
+        spec = pod(one(objects, "Deployment", name))
+        (prepare,) = spec["initContainers"]
+        assert prepare["command"] == ["nibble", "prepare", "/models/served"]  # NIBBLE_MODEL_DIR of the images
+        mounts = {mount["mountPath"]: mount for mount in spec["containers"][0]["volumeMounts"]}
+        assert mounts["/models"]["readOnly"] is True
+        assert {"name": mounts["/models"]["name"], "mountPath": "/models"} in prepare["volumeMounts"]
+
+
+def test_gateways_and_workers_agree(objects: list[Object]) -> None:
+    gateway, worker = (environment(one(objects, "Deployment", name)) for name in ("gateway", "worker"))
+    for name in ("NIBBLE_REDIS_URL", "NIBBLE_NAMESPACE", "NIBBLE_MODEL_NAME"):
+        assert gateway[name] == worker[name]
+
+
+def test_secrets_are_only_referred_to() -> None:
+    for values in ALL:
+        objects = render(*values)
+        assert not [item for item in objects if item["kind"] == "Secret"]
+    gateway = environment(one(render(*KEDA), "Deployment", "gateway"))
+    assert gateway["NIBBLE_API_KEYS"] == {"secretKeyRef": {"name": "nibble-keys", "key": "keys"}}
+    assert gateway["NIBBLE_REDIS_URL"] == "redis://:$(REDIS_PASSWORD)@chat-nibble-redis:6379/0"
+    names = list(gateway)
+    assert names.index("REDIS_PASSWORD") < names.index("NIBBLE_REDIS_URL"), "the kubelet replaces only what came before"
+
+
+def test_an_external_redis_replaces_the_bundled_one() -> None:
+    objects = render(*EXTERNAL)
+    assert not [item for item in objects if item["kind"] == "StatefulSet"]
+    worker = environment(one(objects, "Deployment", "worker"))
+    assert worker["NIBBLE_REDIS_URL"] == "rediss://nibble:$(REDIS_PASSWORD)@redis.example.com:6380/0"
+
+
+def test_the_bundled_redis_asks_for_the_password_it_is_given() -> None:
+    redis = container(one(render(*KEDA), "StatefulSet"))
+    assert redis["args"][-2:] == ["--requirepass", "$(REDIS_PASSWORD)"]
+    assert [entry["name"] for entry in redis["env"]] == ["REDIS_PASSWORD", "REDISCLI_AUTH"]
+
+
+def test_a_cuda_worker_has_one_gpu() -> None:
+    worker = one(render(*GPU), "Deployment", "worker")
+    process = container(worker)
+    assert process["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert process["resources"]["limits"]["memory"] == "16Gi"
+    assert "worker-cuda" in process["image"]
+    assert pod(worker)["runtimeClassName"] == "nvidia"
+    assert pod(worker)["tolerations"]
+    assert worker["spec"]["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+
+
+def test_a_cpu_worker_has_the_threads_that_it_requests_and_no_gpu() -> None:
+    worker = one(render(), "Deployment", "worker")
+    assert environment(worker)["NIBBLE_NUM_THREADS"]["resourceFieldRef"]["resource"] == "requests.cpu"
+    assert set(container(worker)["resources"]["limits"]) == {"memory"}
+    given = one(render("--set", "worker.settings.NIBBLE_NUM_THREADS=3"), "Deployment", "worker")
+    assert environment(given)["NIBBLE_NUM_THREADS"] == "3"
+
+
+def test_what_is_scaled_has_no_fixed_number() -> None:
+    objects = render(*KEDA)
+    for name in ("gateway", "worker"):
+        assert "replicas" not in one(objects, "Deployment", name)["spec"]
+    scaler = one(objects, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]["name"]
+    assert scaler == one(objects, "Deployment", "gateway")["metadata"]["name"]
+    assert one(objects, "ScaledObject")["spec"]["scaleTargetRef"]["name"] == "chat-nibble-worker"
+
+
+def test_keda_reads_the_queue_of_this_deployment() -> None:
+    (trigger,) = one(render(*KEDA, "--set", "namespace=blue"), "ScaledObject")["spec"]["triggers"]
+    assert trigger["metadata"] == {
+        "address": f"chat-nibble-redis.{NAMESPACE}.svc:6379",
+        "listName": Keys("blue").queue,
+        "listLength": "32",
+        "databaseIndex": "0",
+    }
+    assert trigger["authenticationRef"]["name"] == one(render(*KEDA), "TriggerAuthentication")["metadata"]["name"]
+
+
+def test_where_workers_scale_from_zero_requests_wait_for_one() -> None:
+    gateway = environment(one(render(*KEDA), "Deployment", "gateway"))
+    assert gateway["NIBBLE_NEEDS_WORKER"] == "false"
+    assert float(gateway["NIBBLE_NO_WORKER_TIMEOUT_S"]) >= 900
+    assert "NIBBLE_NEEDS_WORKER" not in environment(one(render(), "Deployment", "gateway"))
+
+
+def peers(rules: list[Any], key: str) -> dict[Any, list[Any] | None]:
+    return {rule["ports"][0]["port"]: rule.get(key) for rule in rules}
+
+
+def test_policies_allow_what_is_used_and_nothing_else() -> None:
+    objects = render(*KEDA)
+
+    def component(name: str) -> dict[str, Any]:
+        return {
+            "podSelector": {
+                "matchLabels": {
+                    "app.kubernetes.io/name": "nibble",
+                    "app.kubernetes.io/instance": "chat",
+                    "app.kubernetes.io/component": name,
+                }
+            }
+        }
+
+    def namespace(name: str) -> dict[str, Any]:
+        return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
+
+    everywhere = [{"ipBlock": {"cidr": "0.0.0.0/0"}}]
+    policies = {
+        item["metadata"]["name"].rpartition("-")[2]: item["spec"] for item in objects if item["kind"] == "NetworkPolicy"
+    }
+    assert set(policies) == {"gateway", "worker", "redis"}
+    assert all(policy["policyTypes"] == ["Ingress", "Egress"] for policy in policies.values())
+    assert peers(policies["gateway"]["ingress"], "from") == {"http": None}
+    assert peers(policies["worker"]["ingress"], "from") == {"metrics": [namespace("monitoring")]}
+    assert peers(policies["redis"]["ingress"], "from") == {
+        "redis": [component("gateway"), component("worker"), namespace("keda")]
+    }
+    assert policies["redis"]["egress"] == []
+    for name in ("gateway", "worker"):
+        assert peers(policies[name]["egress"], "to") == {53: None, 6379: [component("redis")], 443: everywhere}
+
+
+def test_named_clients_are_the_only_ones_beside_prometheus_and_the_test() -> None:
+    client = "networkPolicy.clients[0].namespaceSelector.matchLabels.team"
+    policy = one(render("--set", f"{client}=web"), "NetworkPolicy", "gateway")["spec"]
+    ((_, allowed),) = peers(policy["ingress"], "from").items()
+    assert allowed is not None
+    assert [next(iter(peer)) for peer in allowed] == ["namespaceSelector", "namespaceSelector", "podSelector"]
+    assert allowed[-1]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "test"
+
+
+def test_every_rule_and_dashboard_is_there() -> None:
+    objects = render(*KEDA)
+    groups = one(objects, "PrometheusRule")["spec"]["groups"]
+    files = sorted((ROOT / "observability" / "prometheus" / "rules").glob("*.yml"))
+    assert groups == [group for file in files for group in yaml.safe_load(file.read_text())["groups"]]
+    dashboards = one(objects, "ConfigMap")["data"]
+    shipped = {path.name: path for path in (ROOT / "observability" / "grafana" / "dashboards").glob("*.json")}
+    assert set(dashboards) == set(shipped)
+    for name, path in shipped.items():
+        assert json.loads(dashboards[name]) == json.loads(path.read_text())
+
+
+def test_the_test_of_a_release_is_sound_python_and_reaches_the_service(objects: list[Object]) -> None:
+    test = one(objects, "Pod")
+    assert test["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    compile(container(test)["args"][0], "test", "exec")
+    service = next(item for item in objects if item["kind"] == "Service" and item["metadata"]["name"] == "chat-nibble")
+    (port,) = service["spec"]["ports"]
+    assert environment(test)["URL"] == f"http://chat-nibble:{port['port']}/v1/chat/completions"
+
+
+def test_images_are_pinned() -> None:
+    for item in workloads(render()):
+        for process in [*pod(item)["containers"], *pod(item).get("initContainers", [])]:
+            assert re.search(r":[\w.-]*\d[\w.-]*$", process["image"])
