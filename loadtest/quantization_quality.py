@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from nibble.engine.checkpoint.native import Checkpoint, load_checkpoint
+from nibble.engine.checkpoint.smooth_keys import SmoothKeySource
 from nibble.engine.checkpoint.source import Source, open_source
 from nibble.engine.evaluate.divergence import Comparison, Quality
 from nibble.engine.quantize.calibration import read_texts
@@ -184,7 +185,7 @@ def main() -> None:
     parser.add_argument("--num-sequences", type=int, default=6)
     parser.add_argument("--sequence-tokens", type=int, default=1024)
     arguments = parser.parse_args()
-    source = open_source(arguments.model)
+    source = SmoothKeySource(open_source(arguments.model))  # the keys that are served
     with torch.inference_mode():
         ids = token_ids(source, arguments.text, arguments.num_sequences, arguments.sequence_tokens)
         simulation = Simulation(source, ids)

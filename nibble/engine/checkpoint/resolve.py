@@ -17,9 +17,11 @@ from nibble.engine.checkpoint.gguf_source import is_gguf
 from nibble.engine.checkpoint.native import METADATA_KEY, WEIGHTS_FILE, load_checkpoint
 from nibble.engine.checkpoint.safetensors_file import read_metadata
 from nibble.engine.checkpoint.schema import FORMAT_VERSION
+from nibble.engine.checkpoint.smooth_keys import SmoothKeySource
 from nibble.engine.checkpoint.source import open_source
 
 FILES = (WEIGHTS_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
+CONVERSION_VERSION = 2  # part of the cache's key: raise it whenever a model would be converted to something better
 _SUPPORTED = "supported are a GGUF file, a Hugging Face directory and a directory that Nibble converted"
 _HUGGING_FACE_PATTERNS = ("*.json", "*.jinja", "*.safetensors")
 _NUM_SAMPLES = 64
@@ -67,7 +69,7 @@ def convert_model(source: Path, target: Path, progress: Progress) -> None:
 
 def _convert_into(target: Path, source: Path, progress: Progress) -> None:
     with partial_directory(target) as directory:
-        convert_checkpoint(open_source(source), directory, progress)
+        convert_checkpoint(SmoothKeySource(open_source(source)), directory, progress)
         publish(directory, target)
     logger.info("source=%s converted=%s", source, target)
 
@@ -116,12 +118,12 @@ def _name_of(source: Path) -> str:
 
 
 def _identity(source: Path) -> str:
-    """A name for the content: hash of each file's size, time of change and samples from all over it, and our format's
-    version.
+    """A name for the content: hash of each file's size, time of change and samples from all over it, and the versions
+    of our format and of conversion.
 
     Hashing all of a 40 GB file at each start would take a minute.
     """
-    digest = hashlib.sha256(f"{FORMAT_VERSION}".encode())
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {CONVERSION_VERSION}".encode())
     files = [source]
     if source.is_dir():
         files = sorted(path for pattern in _HUGGING_FACE_PATTERNS for path in source.glob(pattern))

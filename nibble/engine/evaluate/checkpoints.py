@@ -12,6 +12,7 @@ import numpy.typing as npt
 from nibble.engine.checkpoint.cache import exclusive, partial_directory, publish
 from nibble.engine.checkpoint.convert import Progress, convert_checkpoint
 from nibble.engine.checkpoint.resolve import resolve_checkpoint
+from nibble.engine.checkpoint.smooth_keys import SmoothKeySource
 from nibble.engine.checkpoint.source import Float16Rows, Floats, RowFormat, Source, open_source
 
 
@@ -58,7 +59,7 @@ def make_pair(
     A model that is stored in 4 bits is compared with the weights that its numbers stand for. One in floating point is
     quantised by `quantize`, which writes the directory that it is given. Raises CheckpointError.
     """
-    source = open_source(model)
+    source = SmoothKeySource(open_source(model))
     as_stored = resolve_checkpoint(model, cache_dir, progress)
     if source.format("model.layers.0.mlp.down_proj.weight").kind == "float16":
         target = quantized or as_stored.with_name(as_stored.name + "-w4")

@@ -21,6 +21,7 @@ from nibble.engine.checkpoint.convert import Progress, convert_checkpoint
 from nibble.engine.checkpoint.errors import UnsupportedModelError
 from nibble.engine.checkpoint.safetensors_file import write_safetensors
 from nibble.engine.checkpoint.schema import TensorSpec, linear_sizes
+from nibble.engine.checkpoint.smooth_keys import SmoothKeySource
 from nibble.engine.checkpoint.source import Floats, Source, open_source
 from nibble.engine.model_config import ModelConfig
 from nibble.engine.quantize.calibration import DEFAULT_TEXT, read_texts, token_sequences
@@ -34,7 +35,7 @@ from nibble.engine.quantize.work_files import WorkFiles
 from nibble.kernels.layout import GROUP_SIZES
 
 STATISTICS_FILE = "calibration.safetensors"
-WORK_VERSION = 2  # raise it whenever layers finished before would not be finished the same way
+WORK_VERSION = 3  # raise it whenever layers finished before would not be finished the same way
 _BATCH_TOKENS = 4096
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def quantize(path: Path, out: Path, options: Options, progress: Progress) -> Non
 
     Raises CheckpointError for the model, QuantizeError for text, device and output.
     """
-    source = open_source(path)
+    source = SmoothKeySource(open_source(path))  # before calibration: its statistics are of the keys that are served
     _check(source, options)
     if out.exists():
         raise OutputError(f"{out}: exists already")

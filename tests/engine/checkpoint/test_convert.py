@@ -141,6 +141,8 @@ def test_the_demo_models_weights_are_those_that_transformers_loads(
     ours, theirs = load_as_transformers(demo_checkpoint).state_dict(), demo_reference.state_dict()
     assert set(ours) == set(theirs)
     for key, weights in theirs.items():
+        if ".q_proj." in key or ".k_proj." in key:  # rows are multiplied by powers of two (`smooth_keys.py`)
+            weights = weights * (ours[key].norm(dim=1) / weights.norm(dim=1)).log2().round().exp2()[:, None]
         assert torch.equal(ours[key], weights), key
 
 
