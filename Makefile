@@ -100,7 +100,7 @@ kernels: $(VENV)/dev.stamp ## Compile the CUDA kernels for all architectures (no
 	$(BIN)/python -m nibble.kernels.cuda.build $(ARGS)
 
 lock: $(VENV)/dev.stamp ## Resolve pyproject.toml anew into requirements/*.txt
-	$(PIP_COMPILE) $(UPGRADE) --build-deps-for editable -o requirements/dev.txt --extra gateway --extra worker-cpu --extra local --extra dev pyproject.toml
+	$(PIP_COMPILE) $(UPGRADE) --build-deps-for editable -o requirements/dev.txt --extra gateway --extra worker-cpu --extra local --extra tracing --extra dev pyproject.toml
 	$(PIP_COMPILE) $(UPGRADE) --build-deps-for editable -o requirements/cpu.txt -c requirements/dev.txt --extra gateway --extra worker-cpu --extra local pyproject.toml
 	$(PIP_COMPILE) $(UPGRADE) --build-deps-for editable -o requirements/cuda.txt -c requirements/dev.txt --extra gateway --extra worker-cuda --extra local pyproject.toml
 	$(PIP_COMPILE) $(UPGRADE) --build-deps-for editable -o requirements/conformance.txt -c requirements/dev.txt --extra gateway --extra worker-cpu --extra local --extra conformance pyproject.toml

@@ -125,6 +125,10 @@ def test_processes_do_not_import_each_other() -> None:
         ("starlette", ("nibble.service.gateway",)),
         ("pydantic", ("nibble.service",)),
         ("llguidance", ("nibble.grammar", "nibble.engine.grammar")),
+        (
+            "opentelemetry",
+            ("nibble.service.tracing", "nibble.service.gateway.tracing", "nibble.service.worker.tracing"),
+        ),
     ],
 )
 def test_package_is_imported_only_in_its_place(package: str, allowed: tuple[str, ...]) -> None:
@@ -152,6 +156,18 @@ def test_process_starts_without_the_heavy_packages(module: str) -> None:
     engine = {name for name in loaded if is_within(name, "nibble.engine")}
     assert engine == {"nibble.engine", "nibble.engine.protocol"}
     assert not {name for name in loaded if is_within(name, "nibble.kernels")}
+
+
+@pytest.mark.parametrize("process", ["gateway", "worker"])
+def test_a_process_starts_without_the_tracing_modules(process: str) -> None:
+    code = f"import sys, nibble.service.{process}.__main__; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert f"nibble.service.{process}.settings" in loaded
+    assert not {name for name in loaded if is_within(name, "nibble.service") and name.endswith(".tracing")}
+    assert not {name for name in loaded if is_within(name, "opentelemetry.sdk.trace", "opentelemetry.exporter")}
 
 
 def gateway_modules() -> Iterator[str]:

@@ -159,7 +159,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=Tr
 
     arrival_s and deadline_s are Unix times in seconds; a request that has not finished by its deadline ends
     with an error. A lower priority number is served first, see PRIORITY_S. tenant groups requests for fairness.
-    Requests share what was computed of a common prefix only if they have the same cache_salt.
+    Requests share what was computed of a common prefix only if they have the same cache_salt. traceparent: of the span
+    that it came from (W3C Trace Context); no engine looks at it.
     """
 
     request_id: str
@@ -171,6 +172,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, array_like=True, kw_only=Tr
     tenant: str = ""
     cache_salt: str = ""
     grammar: GrammarSpec | None = None
+    traceparent: str = ""
 
 
 class RequestMetrics(msgspec.Struct, frozen=True, array_like=True, kw_only=True):

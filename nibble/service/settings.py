@@ -25,6 +25,7 @@ KNOWN_VARIABLES = frozenset(
         "NIBBLE_MODEL_DIR",
         "NIBBLE_MODEL_NAME",
         "NIBBLE_LOG_LEVEL",
+        "NIBBLE_TRACING",
         # worker
         "NIBBLE_WORKER_ID",
         "NIBBLE_DEVICE",
@@ -86,6 +87,7 @@ class ProcessSettings(BaseSettings):
     redis_url: str = "redis://127.0.0.1:6379/0"
     namespace: str = "nibble"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    tracing: bool = False
 
     @classmethod
     def from_environment(cls, **given: Any) -> Self:

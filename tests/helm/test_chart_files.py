@@ -20,7 +20,14 @@ SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
 
 # What the chart decides from other values, the images, or each process for itself: ids are unique, after a restart too.
-OF_BOTH = {"NIBBLE_REDIS_URL", "NIBBLE_NAMESPACE", "NIBBLE_MODEL_DIR", "NIBBLE_MODEL_NAME", "NIBBLE_LOG_LEVEL"}
+OF_BOTH = {
+    "NIBBLE_REDIS_URL",
+    "NIBBLE_NAMESPACE",
+    "NIBBLE_MODEL_DIR",
+    "NIBBLE_MODEL_NAME",
+    "NIBBLE_LOG_LEVEL",
+    "NIBBLE_TRACING",  # the images have no packages for it
+}
 OF_GATEWAYS = OF_BOTH | {
     "NIBBLE_GATEWAY_ID",
     "NIBBLE_HOST",

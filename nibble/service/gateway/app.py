@@ -1,6 +1,7 @@
 """The ASGI application of the gateway: routes, error answers, and the layers around them (pure ASGI, all of them).
 
-Boundary (request id, counting, 500) -> CORS, if asked for -> ApiKeyMiddleware -> FastAPI (routes; ApiError -> JSON)
+Boundary (request id, counting, 500) -> TracedApp, if tracing is on -> CORS, if asked for -> ApiKeyMiddleware
+-> FastAPI (routes; ApiError -> JSON)
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -42,6 +43,9 @@ from nibble.service.gateway.served_model import load_served_model
 from nibble.service.gateway.settings import GatewaySettings
 from nibble.service.version import nibble_version
 
+if TYPE_CHECKING:
+    from nibble.service.tracing import Tracer
+
 _ROUTERS = (
     chat_completions.router,
     completions.router,
@@ -69,7 +73,10 @@ _BODIES = (
 
 
 def create_gateway(settings: GatewaySettings) -> Gateway:
-    """Read the model's files; nothing is connected yet. Raises ModelFilesError, UnsupportedDecoder, KeyFileError."""
+    """Read the model's files; nothing is connected yet.
+
+    Raises ModelFilesError, UnsupportedDecoder, KeyFileError, SettingsError.
+    """
     keys = KeyRing(settings.api_keys, settings.api_keys_file)
     model = load_served_model(
         settings.model_dir,
@@ -88,7 +95,15 @@ def create_gateway(settings: GatewaySettings) -> Gateway:
         log_ttl_s=settings.log_ttl_s,
     )
     metrics = GatewayMetrics(model.name, vllm_names=settings.vllm_metric_names)
-    return Gateway(settings, model, broker, metrics, keys)
+    return Gateway(settings, model, broker, metrics, keys, _tracer(settings))
+
+
+def _tracer(settings: GatewaySettings) -> Tracer | None:
+    if not settings.tracing:
+        return None
+    from nibble.service.tracing import make_tracer
+
+    return make_tracer("gateway", settings.gateway_id)
 
 
 def create_app(gateway: Gateway) -> ASGIApp:
@@ -122,6 +137,10 @@ def create_app(gateway: Gateway) -> ASGIApp:
             allow_headers=("*",),
             expose_headers=_EXPOSED_HEADERS,
         )
+    if gateway.tracer is not None:
+        from nibble.service.gateway.tracing import TracedApp
+
+        inner = TracedApp(inner, gateway.tracer)
     return Boundary(inner, gateway.metrics.responses)
 
 

@@ -20,6 +20,7 @@ from nibble.service.gateway.errors import ServerFault
 logger = logging.getLogger(__name__)
 
 SERVER_SEND = "nibble.send"  # scope key: the server's own `send`, for body messages that no layer looks at
+REQUEST_SPAN = "nibble.span"  # scope key: the RequestSpan of a request for text, where tracing is on
 _ECHOED = re.compile(r"[\x21-\x7e]{1,128}")  # anything else is not repeated into headers and logs
 
 

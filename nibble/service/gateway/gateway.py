@@ -16,6 +16,7 @@ from nibble.service.version import nibble_version
 
 if TYPE_CHECKING:
     from nibble.service.gateway.generation import Generation
+    from nibble.service.tracing import Tracer
 
 _FLEET_MAX_AGE_S = 10.0  # a request asks the broker who is ready at most this often
 
@@ -31,13 +32,14 @@ class Fleet:
 
 @dataclass
 class Gateway:
-    """Made once by `app.py`. in_flight: every request whose answer has not ended."""
+    """Made once by `app.py`. tracer: None where tracing is off. in_flight: every request whose answer has not ended."""
 
     settings: GatewaySettings
     model: ServedModel
     broker: GatewayBroker
     metrics: GatewayMetrics
     keys: KeyRing
+    tracer: Tracer | None = None
     in_flight: set[Generation] = field(default_factory=set)
     is_draining: bool = False
     _fleet: Fleet | None = None

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nibble.engine.protocol import FinishReason, TokenEvent
 from nibble.service.broker.errors import AlreadyClaimed, BrokerError
@@ -31,6 +31,9 @@ from nibble.service.gateway.progress import Progress
 from nibble.service.gateway.regroup import singly
 from nibble.service.gateway.tool_call_parser import CallDelta
 from nibble.service.gateway.usage import Usage
+
+if TYPE_CHECKING:
+    from nibble.service.gateway.tracing import RequestSpan
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +56,12 @@ class Delta(NamedTuple):
 class Generation:
     """Made by `start` or `follow`. When `interrupted` is set, the client is told that error and `run` is cancelled.
 
-    outlives_client: it goes on when its client leaves, who may come back for it.
+    progress: of one started here. outlives_client: it goes on when its client leaves, who may come back for it.
     """
 
-    def __init__(self, plan: Plan, gateway: Gateway, *, is_owner: bool = True, outlives_client: bool = False) -> None:
+    def __init__(
+        self, plan: Plan, gateway: Gateway, progress: Progress | None = None, *, outlives_client: bool = False
+    ) -> None:
         self.plan = plan
         self.outlives_client = outlives_client
         self.choices = [
@@ -76,12 +81,16 @@ class Generation:
         self._error: Exception | None = None
         self._aborts: list[asyncio.Task[None]] = []  # of choices that a stop string ended
         self._timers: list[asyncio.TimerHandle] = []
-        self._progress = Progress(plan, gateway.metrics) if is_owner else None
+        self._progress = progress
 
     @classmethod
-    async def start(cls, plan: Plan, gateway: Gateway, terms: Terms) -> Generation:
-        """Submit all choices, or none; the terms are those of the first. Raises ApiError, AlreadyClaimed."""
-        generation = cls(plan, gateway, outlives_client=terms.claim is not None)
+    async def start(cls, plan: Plan, gateway: Gateway, terms: Terms, span: RequestSpan | None = None) -> Generation:
+        """Submit all choices, or none; the terms are those of the first. span: where tracing is on.
+
+        Raises ApiError, AlreadyClaimed.
+        """
+        progress = Progress(plan, gateway.metrics, span)
+        generation = cls(plan, gateway, progress, outlives_client=terms.claim is not None)
         try:
             for request in plan.requests:
                 generation._streams.append(await gateway.broker.submit(request, terms))
@@ -95,8 +104,7 @@ class Generation:
             await asyncio.shield(generation._abort_unfinished())
             raise
         gateway.in_flight.add(generation)
-        if generation._progress is not None:
-            generation._progress.begin()
+        progress.begin()
         generation._start_timers()
         return generation
 
@@ -105,7 +113,7 @@ class Generation:
         cls, plan: Plan, gateway: Gateway, streams: Sequence[TokenStream], after: Sequence[int] = ()
     ) -> Generation:
         """Give an answer again. `after`: tokens of each choice that the client has; a delta ends exactly there."""
-        generation = cls(plan, gateway, is_owner=False)
+        generation = cls(plan, gateway)
         generation._streams = list(streams)
         if after:
             generation._singly_until = after

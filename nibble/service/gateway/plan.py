@@ -40,6 +40,7 @@ class ClientContext:
     priority: int = 0  # that of the API key
     default_max_tokens: int | None = None
     cache_scope: str = ""  # requests of different scopes share nothing in the prefix cache
+    traceparent: str = ""  # of the gateway's span
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def make_plan(
                 grammar=wishes.grammar,
                 tenant=f"{client.tenant}:{user}" if client.tenant and user else client.tenant or user,
                 cache_salt=_cache_salt(request, client),
+                traceparent=client.traceparent,
             )
             for choice in range(request.n or 1)
         ]

@@ -1,10 +1,11 @@
-"""What metrics and the log are told of one request, of which this gateway is the owner."""
+"""What metrics, the log and a span are told of one request, of which this gateway is the owner."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nibble.engine.protocol import FinishReason
 from nibble.service.gateway.choice import Choice
@@ -13,16 +14,20 @@ from nibble.service.gateway.metrics import Ended, GatewayMetrics, Outcome
 from nibble.service.gateway.plan import Plan
 from nibble.service.gateway.usage import Usage
 
+if TYPE_CHECKING:
+    from nibble.service.gateway.tracing import RequestSpan
+
 logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """`begin`, `observe` for all new tokens, `end`. ttft_s: None until there is a token."""
+    """`begin`, `observe` for all new tokens, `end`. ttft_s: None until there is a token. span: where tracing is on."""
 
-    def __init__(self, plan: Plan, metrics: GatewayMetrics) -> None:
+    def __init__(self, plan: Plan, metrics: GatewayMetrics, span: RequestSpan | None) -> None:
         self.ttft_s: float | None = None
         self._plan = plan
         self._metrics = metrics
+        self._span = span
         self._last_token_s = [0.0] * len(plan.requests)
 
     def begin(self) -> None:
@@ -53,6 +58,10 @@ class Progress:
         is_whole = all(choice.finish_reason is not None for choice in choices)
         outcome = Outcome.of(error) if error else Outcome.OK if is_whole else Outcome.ABORTED
         metrics.count_end(Ended(self._plan.tenant, outcome, reasons, usage, duration_s))
+        if self._span is not None:
+            self._span.on_end(reasons, usage)
+            if error is not None:
+                self._span.on_error(error)
         logger.info(
             "request_id=%s status=%d finish_reason=%s prompt_tokens=%d generated_tokens=%d ttft_ms=%s duration_ms=%.0f",
             self._plan.request_id,
@@ -69,6 +78,8 @@ class Progress:
         self._metrics.ttft_s.observe(self.ttft_s)
         self._metrics.num_waiting -= 1
         self._metrics.num_running += 1
+        if self._span is not None:
+            self._span.on_first_token(self.ttft_s)
 
     def _age_s(self) -> float:
         return time.time() - self._plan.arrival_s

@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 import time
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from nibble.engine.checkpoint.errors import CheckpointError
 from nibble.engine.errors import EngineError
@@ -21,6 +21,9 @@ from nibble.service.worker.loop import WorkerLoop
 from nibble.service.worker.metrics import WorkerMetrics
 from nibble.service.worker.settings import WorkerSettings
 from nibble.service.worker.watchdog import StepWatchdog, limit_exit
+
+if TYPE_CHECKING:
+    from nibble.service.worker.tracing import RequestSpans
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +45,14 @@ def _end_while_loading(number: int, _frame: object) -> NoReturn:
 
 def _serve(settings: WorkerSettings) -> None:
     start_s = time.perf_counter()
+    model_name = settings.model_name or settings.model_dir.resolve().name
+    spans = _request_spans(settings, model_name)  # before minutes of loading: it refuses what it does not support
     is_cuda = uses_cuda(settings)
     kernels, limits = make_kernels(settings, is_cuda), engine_limits(settings, is_cuda)
     engine = LLMEngine.from_checkpoint(settings.model_dir, kernels, limits)
     if engine.constraints is not None:
         engine.constraints.warm_up()
     kernels.warm_up()
-    model_name = settings.model_name or settings.model_dir.resolve().name
     metrics = WorkerMetrics(model_name, kernels.read_bandwidth(), settings.vllm_metric_names)
     metrics.weight_bytes, metrics.kv_cache_bytes = engine.weight_bytes, engine.kv_cache_bytes
     broker = WorkerBroker(
@@ -72,7 +76,7 @@ def _serve(settings: WorkerSettings) -> None:
     )
     metrics.info = info
     metrics.observe_step(engine.stats)
-    loop = WorkerLoop(engine, broker, metrics, info, settings.lease_s / 3, timeout_s, watchdog)
+    loop = WorkerLoop(engine, broker, metrics, info, settings.lease_s / 3, timeout_s, watchdog, spans)
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda *_: loop.stop())
     logger.info(
@@ -88,6 +92,16 @@ def _serve(settings: WorkerSettings) -> None:
     )
     _run(loop, watchdog)
     logger.info("event=worker_stopped worker_id=%s", settings.worker_id)
+
+
+def _request_spans(settings: WorkerSettings, model_name: str) -> RequestSpans | None:
+    """Raises SettingsError."""
+    if not settings.tracing:
+        return None
+    from nibble.service.tracing import make_tracer
+    from nibble.service.worker.tracing import RequestSpans
+
+    return RequestSpans(make_tracer("worker", settings.worker_id), model_name)
 
 
 def _run(loop: WorkerLoop, watchdog: StepWatchdog) -> None:

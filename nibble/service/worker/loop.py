@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from nibble.engine.errors import RequestError
 from nibble.engine.protocol import FinishReason, GenerationRequest, TokenEvent
@@ -22,6 +22,9 @@ from nibble.service.broker.worker_side import WorkerBroker
 from nibble.service.worker.heartbeat import Heartbeat
 from nibble.service.worker.metrics import WorkerMetrics
 from nibble.service.worker.watchdog import StepWatchdog
+
+if TYPE_CHECKING:
+    from nibble.service.worker.tracing import RequestSpans
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +58,11 @@ class WorkerLoop:
         idle_wait_s: float,
         max_step_s: float = MAX_STEP_S,
         watchdog: StepWatchdog | None = None,
+        spans: RequestSpans | None = None,
     ) -> None:
         """idle_wait_s: at most a third of the broker's lease, which the loop renews at least that often.
 
-        watchdog: is told of each step; whoever made it starts and stops it.
+        watchdog: is told of each step; whoever made it starts and stops it. spans: where tracing is on.
         """
         self.engine = engine
         self.broker = broker
@@ -67,6 +71,7 @@ class WorkerLoop:
         self._idle_wait_s = idle_wait_s
         self._heartbeat = Heartbeat(broker, idle_wait_s, max_step_s)
         self._step_guard = watchdog or contextlib.nullcontext()
+        self._spans = spans
         self._stopping = False
         self._events: list[TokenEvent] = []  # not yet taken by the broker
 
@@ -87,10 +92,12 @@ class WorkerLoop:
         except Exception as error:
             self._heartbeat.stop()
             self._give_up(error)
+            self._end_spans(error)
             raise
         self._heartbeat.stop()
         self._exchange(capacity=0, state="draining")
         self.broker.close()
+        self._end_spans()
 
     def run_once(self) -> None:
         """One exchange and, if there is anything to compute, one step."""
@@ -100,11 +107,21 @@ class WorkerLoop:
         elif self.engine.has_unfinished:
             with self._step_guard:
                 events = self.engine.step()
-            self._events += events
+            self._keep(events)
             self.metrics.observe_step(self.engine.stats)
             self.metrics.observe_turn(time.perf_counter() - started_s)
         elif not self._events:
             self.broker.wait(self._idle_wait_s)
+
+    def _keep(self, events: Sequence[TokenEvent]) -> None:
+        """For the next exchange."""
+        self._events += events
+        if self._spans is not None:
+            self._spans.observe(events)
+
+    def _end_spans(self, error: Exception | None = None) -> None:
+        if self._spans is not None:
+            self._spans.end_all(error)
 
     def _give_up(self, cause: Exception) -> None:
         logger.critical("event=worker_failed error=%r", cause)
@@ -140,6 +157,8 @@ class WorkerLoop:
         self._events = []
         for request_id in exchange.dropped:
             self.engine.abort(request_id)
+            if self._spans is not None:
+                self._spans.end(request_id, "dropped")
             logger.info("event=request_dropped request_id=%s", request_id)
         if exchange.dropped:  # an idle engine takes no step that would say so
             self.metrics.observe_step(self.engine.stats)
@@ -149,18 +168,19 @@ class WorkerLoop:
 
     def _add(self, assignment: Assignment) -> None:
         request, generated = assignment.request, assignment.generated_token_ids
+        if self._spans is not None:
+            self._spans.begin(assignment)
         try:
             self.engine.add(request, generated)
         except RequestError as error:
-            self._events.append(
-                TokenEvent(
-                    request_id=request.request_id,
-                    index=len(generated),
-                    token_ids=[],
-                    finish_reason=FinishReason.ERROR,
-                    error=str(error),
-                )
+            refusal = TokenEvent(
+                request_id=request.request_id,
+                index=len(generated),
+                token_ids=[],
+                finish_reason=FinishReason.ERROR,
+                error=str(error),
             )
+            self._keep([refusal])
 
     def _log_finished(self, events: list[TokenEvent]) -> None:
         for event in events:

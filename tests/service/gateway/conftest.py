@@ -21,6 +21,7 @@ import openai
 import pytest
 import tool_cases
 import uvicorn
+from opentelemetry.trace import Tracer
 from small_models import byte_level_tokenizer, sentencepiece_tokenizer, write_model
 from synthetic_worker import SyntheticWorker
 from tokenizers import AddedToken, Tokenizer
@@ -103,10 +104,13 @@ def run_gateway(valkey: EmbeddedValkey, model_dir: Path) -> Callable[..., Any]:
     """`with run_gateway(api_keys=...) as running:` a gateway of its own, for tests that need other settings."""
 
     @contextmanager
-    def run(*, has_worker: bool = True, namespace: str | None = None, **options: Any) -> Iterator[RunningGateway]:
+    def run(
+        *, has_worker: bool = True, namespace: str | None = None, tracer: Tracer | None = None, **options: Any
+    ) -> Iterator[RunningGateway]:
         namespace = namespace or f"test-{secrets.token_hex(4)}"
         values = {"redis_url": valkey.url, "model_dir": model_dir, "drain_s": 5.0, **options}
         gateway = create_gateway(GatewaySettings(namespace=namespace, **values))
+        gateway.tracer = tracer
         worker = SyntheticWorker(values["redis_url"], namespace, echo(gateway.model))
         if has_worker:
             worker.start()

@@ -15,6 +15,7 @@ from nibble.service.broker.wire import WorkerInfo
 from nibble.service.broker.worker_side import WorkerBroker
 from nibble.service.worker.loop import WorkerLoop
 from nibble.service.worker.metrics import WorkerMetrics
+from nibble.service.worker.tracing import RequestSpans
 
 
 class CountingEngine:
@@ -69,11 +70,13 @@ def make_request(request_id: str, first_token: int = 10, max_tokens: int = 5) ->
 
 
 @contextmanager
-def running_worker(url: str, namespace: str, worker_id: str = "w") -> Iterator[CountingEngine]:
+def running_worker(
+    url: str, namespace: str, worker_id: str = "w", spans: RequestSpans | None = None
+) -> Iterator[CountingEngine]:
     engine = CountingEngine()
     info = WorkerInfo(worker_id=worker_id, model="m", device="d", state="ready", max_num_sequences=4)
     broker = WorkerBroker(url, worker_id, namespace=namespace, lease_s=2.0)
-    loop = WorkerLoop(engine, broker, WorkerMetrics("m", 1e9, True), info, idle_wait_s=0.5)
+    loop = WorkerLoop(engine, broker, WorkerMetrics("m", 1e9, True), info, idle_wait_s=0.5, spans=spans)
     thread = threading.Thread(target=loop.run)
     thread.start()
     try:

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 from starlette.responses import Response
@@ -17,6 +18,7 @@ from nibble.service.broker.errors import AlreadyClaimed, BrokerError
 from nibble.service.broker.terms import Claim, Terms
 from nibble.service.gateway.api_keys import ApiKey
 from nibble.service.gateway.auth import API_KEY
+from nibble.service.gateway.boundary import REQUEST_SPAN
 from nibble.service.gateway.completion import Identity
 from nibble.service.gateway.errors import ApiError, IdempotencyConflict, InvalidRequest, Unavailable, from_broker
 from nibble.service.gateway.field_support import ignored_header
@@ -29,6 +31,9 @@ from nibble.service.gateway.rate_limits import rate_limit_headers
 from nibble.service.gateway.recipe import Recipe, encode_recipe
 from nibble.service.gateway.routes.body import gateway_of, json_response, read_body
 from nibble.service.gateway.served_model import ServedModel
+
+if TYPE_CHECKING:
+    from nibble.service.gateway.tracing import RequestSpan
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +72,8 @@ async def answer(request: Request, endpoint: Endpoint) -> Response:
         client = _client_context(request, gateway, request_id, arrival_s)
         return await _answer(request, gateway, client, endpoint)
     except ApiError as error:
+        if (span := _span_of(request)) is not None:
+            span.on_error(error)
         gateway.metrics.count_outcome(Outcome.of(error), asker_of(request, endpoint).tenant)
         logger.info(
             "request_id=%s status=%d code=%s param=%s duration_ms=%.0f",
@@ -114,12 +121,16 @@ async def _answer(request: Request, gateway: Gateway, client: ClientContext, end
     plan = await endpoint.make_plan(body, gateway, fleet.model, client)
     identity = Identity(plan.request_id, gateway.model.name, int(plan.arrival_s), fleet.fingerprint, plan.service_tier)
     recipe = Recipe.of(endpoint.name, client.tenant, plan, identity)
-    key = _key_of(request)
+    key, span = _key_of(request), _span_of(request)
+    if span is not None:
+        span.describe(plan, gateway.model.name)
     terms = Terms(encode_recipe(recipe), claim, key.quota if key else None, 1, plan.prompt_tokens)
     try:
-        generation = await Generation.start(plan, gateway, terms)
+        generation = await Generation.start(plan, gateway, terms, span)
     except AlreadyClaimed as error:
         recipe, generation = await _repeat(request, gateway, endpoint, claim, error)
+    if span is not None:
+        span.on_answer(recipe.identity.request_id)
     headers = {**_ignored_header(plan), **rate_limit_headers(generation.quota_levels)}
     return endpoint.respond(Answer(gateway, recipe, generation, headers))
 
@@ -149,13 +160,19 @@ def _key_of(request: Request) -> ApiKey | None:
     return key
 
 
+def _span_of(request: Request) -> RequestSpan | None:
+    """None where tracing is off."""
+    span: RequestSpan | None = request.scope.get(REQUEST_SPAN)
+    return span
+
+
 def asker_of(request: Request, endpoint: Endpoint) -> Asker:
     key = _key_of(request)
     return Asker(endpoint.name, key.name if key else "")
 
 
 def _client_context(request: Request, gateway: Gateway, request_id: str, arrival_s: float) -> ClientContext:
-    key = _key_of(request)
+    key, span = _key_of(request), _span_of(request)
     tenant = key.name if key else ""
     return ClientContext(
         request_id=request_id,
@@ -166,6 +183,7 @@ def _client_context(request: Request, gateway: Gateway, request_id: str, arrival
         priority=key.priority if key else 0,
         default_max_tokens=gateway.settings.default_max_tokens,
         cache_scope=tenant if gateway.settings.cache_per_key else "",
+        traceparent="" if span is None else span.traceparent,
     )
 
 
