@@ -80,14 +80,18 @@ class SettingsError(ValueError):
 
 
 class ProcessSettings(BaseSettings):
-    """Base of each process's settings."""
+    """Base of each process's settings. The string below a field is its row in docs/configuration.md."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
 
     redis_url: str = "redis://127.0.0.1:6379/0"
+    """The server that gateways and workers share. `nibble serve` starts one itself unless this is set."""
     namespace: str = "nibble"
+    """Deployments with different names may share a server."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """What is logged, to standard error."""
     tracing: bool = False
+    """OpenTelemetry traces, see [operations.md](operations.md#traces). Needs the extra `tracing`."""
 
     @classmethod
     def from_environment(cls, **given: Any) -> Self:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import runpy
+from pathlib import Path
+
 import pytest
 
 from nibble.service.gateway.settings import GatewaySettings
@@ -46,3 +50,11 @@ def test_byte_sizes_take_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIBBLE_MODEL_DIR", "/nowhere")
     monkeypatch.setenv("NIBBLE_KV_CACHE_BYTES", "2GiB")
     assert WorkerSettings.from_environment().kv_cache_bytes == 2 << 30
+
+
+def test_the_page_of_all_settings_is_current() -> None:
+    """`make docs` writes it."""
+    docs = Path(__file__).parents[2] / "docs"
+    text = (docs / "configuration.md").read_text()
+    assert text == runpy.run_path(str(docs / "settings_table.py"))["page"]()
+    assert set(re.findall(r"^\| `(NIBBLE_\w+)`", text, re.MULTILINE)) == KNOWN_VARIABLES

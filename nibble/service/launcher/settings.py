@@ -11,17 +11,20 @@ from nibble.service.settings import ProcessSettings
 
 
 class LauncherSettings(ProcessSettings):
-    """model_dir is a GGUF file, a directory or an id on the hub; without it the demo model is served.
-
-    redis_url, where it is set, names a server to use instead of an embedded one. port 0 means any free port.
-    """
+    """Options come before variables. Fields that the gateway and the worker have too go to them."""
 
     model_dir: Path | None = None
+    """A GGUF file, a directory, or an id on the hub. By default the demo model."""
     model_name: str | None = None
+    """What clients call the model. By default its file's or repository's name."""
     host: str = "127.0.0.1"
+    """Where the gateway listens."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0: any free port."""
     num_workers: Annotated[int, Field(ge=1)] = 1
+    """Worker processes on this machine. They share its cores evenly."""
     cache_dir: Path = Field(default_factory=lambda: Path.home() / ".cache" / "nibble")
+    """Demo model, conversions, the embedded server's log. By default `~/.cache/nibble`."""
 
     @property
     def has_own_broker(self) -> bool:
