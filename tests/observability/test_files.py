@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -11,39 +12,21 @@ import pytest
 import yaml
 from promtool import needs_promtool
 
-from nibble.engine.protocol import FinishReason
-from nibble.service.broker.wire import BrokerStatus, ServerStatus, WorkerInfo
-from nibble.service.gateway.broker_metrics import BrokerMetrics
-from nibble.service.gateway.metrics import Ended, GatewayMetrics, Outcome
-from nibble.service.gateway.usage import Usage
-from nibble.service.worker.metrics import WorkerMetrics
+from nibble.service.settings import KNOWN_VARIABLES
 from observability.dashboards.__main__ import FOLDER, PAGES, files
 from observability.dashboards.panels import queries_of
 
 ROOT = Path(__file__).parents[2]
 RULES = sorted((ROOT / "observability" / "prometheus" / "rules").glob("*.yml"))
 RUNBOOKS = ROOT / "docs" / "operations.md"
+METRICS_TABLE = runpy.run_path(str(RUNBOOKS.with_name("metrics_table.py")))
 SUFFIXES = ("_bucket", "_sum", "_count")
 
 
 def exported() -> set[str]:
-    """Every metric of both processes."""
-    worker = WorkerMetrics("m", 1e9, with_vllm_names=False)
-    worker.info = WorkerInfo(worker_id="w", model="m", device="d", state="ready")
-    gateway = GatewayMetrics("m", vllm_names=False)
-    gateway.count_end(Ended("ada", Outcome.OK, [FinishReason.STOP], Usage(1, 1, 1), 1.0))
-    gateway.broker = known_broker()
-    metrics = [*worker.collect(), *gateway.collect()]
-    return {f"{metric.name}_total" if metric.type == "counter" else metric.name for metric in metrics}
-
-
-def known_broker() -> BrokerMetrics:
-    broker = BrokerMetrics()
-    broker._status = BrokerStatus(num_queued=0, num_running=0, workers=())
-    broker._server = ServerStatus(
-        memory_used_bytes=1, memory_limit_bytes=2, num_clients=1, num_commands=1, num_evicted_keys=0
-    )
-    return broker
+    """Every metric of both processes, but for the second names of some."""
+    metrics = [*METRICS_TABLE["gateway_metrics"](), *METRICS_TABLE["worker_metrics"]()]
+    return {name for name in map(METRICS_TABLE["name_of"], metrics) if not name.startswith("vllm:")}
 
 
 def rules() -> list[dict[str, str]]:
@@ -98,6 +81,29 @@ def test_every_alert_is_tested_and_has_a_severity_and_a_runbook() -> None:
     for name, rule in alerts.items():
         assert rule["labels"]["severity"] in ("page", "ticket")  # type: ignore[index]
         assert rule["annotations"]["runbook"] == f"docs/operations.md#{name.lower()}"  # type: ignore[index]
+
+
+def test_every_alert_has_its_runbook_and_every_runbook_its_alert() -> None:
+    section = RUNBOOKS.read_text().split("\n## Alerts\n")[1].split("\n## ")[0]
+    runbooks = re.findall(r"^### (\w+)$", section, re.MULTILINE)
+    assert sorted(runbooks) == sorted(rule["alert"] for rule in rules() if "alert" in rule)
+
+
+def test_the_tables_of_all_metrics_are_current() -> None:
+    """`make docs` writes them."""
+    text = RUNBOOKS.read_text()
+    assert text == METRICS_TABLE["page"]()
+    assert exported() <= set(re.findall(r"^\| `(nibble_\w+)`", text, re.MULTILINE))
+
+
+def test_operations_names_metrics_settings_and_sections_that_exist() -> None:
+    text = RUNBOOKS.read_text()
+    assert metrics_in(text) - {"nibble_*"} <= exported()
+    assert set(re.findall(r"NIBBLE_[A-Z_]+[A-Z]", text)) <= KNOWN_VARIABLES
+    titles = {title.lower() for title in re.findall(r"^#+ (\w+)$", text, re.MULTILINE)}
+    anchors = set(re.findall(r"\]\(#(\w+)\)", text))
+    assert len(anchors) > 3
+    assert anchors <= titles
 
 
 @pytest.mark.parametrize("file", RULES, ids=lambda file: file.stem)
