@@ -47,7 +47,7 @@ def test_version() -> None:
         (("chat", "--temperature", "hot"), "--temperature"),
         (("convert", "x.gguf"), "--output"),
         (("quantize", "x.gguf"), "--output"),
-        (("quantize", "x.gguf", "-o", "y", "--method", "aqw"), "rtn, awq, gptq, awq-gptq"),
+        (("quantize", "x.gguf", "-o", "y", "--method", "aqw"), "rtn, sinq, awq, gptq, awq-gptq"),
         (("quantize", "x.gguf", "-o", "y", "--group-size", "48"), "group size"),
         (("quantize", "x.gguf", "-o", "y", "--kv", "head"), "of a token or a channel"),
         (("plan", "x.gguf"), "--gpu-memory"),

@@ -29,6 +29,7 @@ from nibble.engine.quantize.gptq import damped, gptq
 from nibble.engine.quantize.grid import QuantizedMatrix, fitting_group_size, minmax_grid, round_to_nearest, search_grid
 from nibble.engine.quantize.kv_channels import KVObserver
 from nibble.engine.quantize.options import Method
+from nibble.engine.quantize.sinq import even_layer_scales
 from nibble.engine.quantize.statistics import ChannelStatistics, gram
 
 HESSIAN_DAMPING = 0.01  # as in the GPTQ paper's code
@@ -87,13 +88,17 @@ class Stream:
         self.x = [x + project(layer, name, h) for x, h in zip(self.x, self.h, strict=True)]
 
 
-def round_layer(layer: Layer, group_size: int) -> QuantizedLayer:
-    """Without calibration: each weight to the nearest value of its group's grid."""
-    matrices = {}
-    for name in LINEARS:
-        size = fitting_group_size(group_size, layer[name].shape[1])
-        matrices[name] = round_to_nearest(layer[name], minmax_grid(layer[name], size))
-    return QuantizedLayer(matrices, _rest(layer))
+def round_layer(layer: Layer, config: ModelConfig, method: Method, group_size: int) -> QuantizedLayer:
+    """Without calibration, method RTN or SINQ."""
+    scales = even_layer_scales(layer, config) if method is Method.SINQ else {}
+    layer = fold_layer_scales(layer, scales, config)
+    matrices = {name: _round(layer[name], method, group_size) for name in LINEARS}
+    return QuantizedLayer(matrices, _rest(layer), scales)
+
+
+def _round(w: Tensor, method: Method, group_size: int) -> QuantizedMatrix:
+    size = fitting_group_size(group_size, w.shape[1])
+    return round_to_nearest(w, minmax_grid(w, size) if method is Method.RTN else search_grid(w, size))
 
 
 class LayerQuantizer:
@@ -118,10 +123,8 @@ class LayerQuantizer:
             self.actual.run(lowered(quantized.dequantized(), self._dtype))
 
     def quantize(self, layer: Layer) -> QuantizedLayer:
-        scales = {}
-        if self._method in (Method.AWQ, Method.AWQ_GPTQ):
-            scales = search_layer_scales(layer, self._search_batch(), self._config, self._group_size, self._dtype)
-            layer = fold_layer_scales(layer, scales, self._config)
+        scales = self._scales(layer)
+        layer = fold_layer_scales(layer, scales, self._config)
         exact = lowered(layer, self._dtype)
         actual = dict(exact)  # linears become what they are quantised to, one after the other
         result = QuantizedLayer({}, _rest(layer), scales)
@@ -145,10 +148,17 @@ class LayerQuantizer:
         result.statistics |= observer.results()
         return result
 
+    def _scales(self, layer: Layer) -> dict[str, Tensor]:
+        if self._method is Method.SINQ:
+            return even_layer_scales(layer, self._config)
+        if self._method in (Method.AWQ, Method.AWQ_GPTQ):
+            return search_layer_scales(layer, self._search_batch(), self._config, self._group_size, self._dtype)
+        return {}
+
     def _quantize(self, w: Tensor) -> QuantizedMatrix:
         """All that read the same input as one matrix."""
-        if self._method is Method.RTN:
-            return round_to_nearest(w, minmax_grid(w, fitting_group_size(self._group_size, w.shape[1])))
+        if self._method in (Method.RTN, Method.SINQ):
+            return _round(w, self._method, self._group_size)
         hessian = sum((gram(h) for h in self.actual.h), torch.zeros(()).to(w.device))
         hessian = damped(hessian, HESSIAN_DAMPING)
         grid = search_grid(w, fitting_group_size(self._group_size, w.shape[1]), hessian)

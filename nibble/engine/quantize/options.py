@@ -11,10 +11,11 @@ from nibble.kernels.layout import GROUP_SIZES
 
 
 class Method(StrEnum):
-    """rtn: nearest values, no calibration. awq: channel scales, then ranges. gptq: error feedback. awq-gptq: the scales
-    of awq, then gptq: better than either (docs/quantization.md)."""
+    """rtn: nearest values. sinq: channel scales from the weights alone. awq: channel scales, then ranges. gptq: error
+    feedback. awq-gptq: the scales of awq, then gptq: better than either (docs/quantization.md)."""
 
     RTN = "rtn"
+    SINQ = "sinq"
     AWQ = "awq"
     GPTQ = "gptq"
     AWQ_GPTQ = "awq-gptq"
@@ -59,7 +60,7 @@ class Options:
 
     @property
     def is_calibrated(self) -> bool:
-        return self.method is not Method.RTN or self.kv is KVScales.CHANNEL
+        return self.method not in (Method.RTN, Method.SINQ) or self.kv is KVScales.CHANNEL
 
     def __post_init__(self) -> None:
         if self.group_size not in GROUP_SIZES:

@@ -114,7 +114,10 @@ def _quantize_layers(source: Source, work: WorkFiles, ids: Tensor | None, option
                 quantizer.skip(read_layer(source, index, device), work.read(index, device))
             continue
         layer = read_layer(source, index, device)
-        work.write(index, round_layer(layer, options.group_size) if quantizer is None else quantizer.quantize(layer))
+        if quantizer is None:
+            work.write(index, round_layer(layer, source.config, options.method, options.group_size))
+        else:
+            work.write(index, quantizer.quantize(layer))
     progress("quantising the layers", 1.0)
 
 

@@ -33,7 +33,7 @@ CONFIG = ModelConfig(
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[Method, Path]:
     return {
         method: make_channel_checkpoint(tmp_path_factory.mktemp(method), method)
-        for method in (Method.RTN, Method.AWQ, Method.AWQ_GPTQ)
+        for method in (Method.RTN, Method.SINQ, Method.AWQ, Method.AWQ_GPTQ)
     }
 
 
@@ -42,7 +42,7 @@ def ids(checkpoints: dict[Method, Path]) -> list[int]:
     return calibrated_ids(checkpoints[Method.RTN])
 
 
-@pytest.mark.parametrize("method", [Method.RTN, Method.AWQ, Method.AWQ_GPTQ])
+@pytest.mark.parametrize("method", [Method.RTN, Method.SINQ, Method.AWQ, Method.AWQ_GPTQ])
 @pytest.mark.parametrize("mode", Mode)
 def test_static_scales_serve_as_well_as_those_of_tokens(
     checkpoints: dict[Method, Path], ids: list[int], method: Method, mode: Mode

@@ -140,7 +140,7 @@ def test_model_that_is_none_is_a_checkpoint_error(tmp_path: Path) -> None:
 
 
 def test_options_that_are_none_are_named() -> None:
-    with pytest.raises(OptionError, match="must be one of rtn, awq, gptq, awq-gptq"):
+    with pytest.raises(OptionError, match="must be one of rtn, sinq, awq, gptq, awq-gptq"):
         Method.named("aqw")
     with pytest.raises(OptionError, match="group size"):
         Options(group_size=48)
