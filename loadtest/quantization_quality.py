@@ -1,16 +1,20 @@
 """Perplexity and KL divergence of quantised linears and of a KV cache, simulated in float32; the head is kept.
 
-The last row of a checkpoint has its own embedding and head, and an INT8 KV cache: what is served, as `nibble ladder
---sequence-tokens 1024` on the same text measures it in the engine.
+Of checkpoints that are there, and of methods that it quantises with first. The last row of each has its own embedding
+and head, and an INT8 KV cache: what is served, as `nibble ladder --sequence-tokens 1024` on the same text measures it
+in the engine.
 
 python -m loadtest.permuted_model MODEL.gguf PERMUTED
-nibble quantize PERMUTED -o OUT --method awq --group-size 64 --calibration TEXT
+python -m loadtest.quantization_quality PERMUTED --methods rtn sinq awq gptq awq-gptq \\
+    --text wiki.test.raw --calibration TEXT
+nibble quantize PERMUTED -o OUT --group-size 64 --calibration TEXT
 python -m loadtest.quantization_quality PERMUTED OUT ... --text wiki.test.raw
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +31,8 @@ from nibble.engine.evaluate.divergence import Comparison, Quality
 from nibble.engine.quantize.calibration import read_texts
 from nibble.engine.quantize.decoder import KVTransform, Layer, layer_forward, read_layer, rms_norm
 from nibble.engine.quantize.kv_channels import KVObserver, kv_channels
+from nibble.engine.quantize.options import Method, Options
+from nibble.engine.quantize.quantize import quantize
 from nibble.kernels.interface import Float16Weight, Int4Weight
 from nibble.kernels.pack import deinterleave_gate_up, dequantize_int4
 
@@ -173,7 +179,24 @@ def token_ids(source: Source, text: Path, num_sequences: int, length: int) -> Te
 
 def _print(name: str, quality: Quality) -> None:
     numbers = f"{quality.perplexity:9.3f} {quality.mean_kl:9.5f} {quality.p99_kl:8.4f} {quality.top1_agreement:7.4f}"
-    print(f"{name:40} {numbers}")  # noqa: T201 - a command's output
+    print(f"{name:50} {numbers}")  # noqa: T201 - a command's output
+
+
+def _print_checkpoint(name: str, simulation: Simulation, path: Path) -> None:
+    checkpoint = load_checkpoint(path)
+    _print(name, simulation.quality(native_layers(checkpoint)))
+    transforms = [int8_per_token] * checkpoint.config.num_layers
+    served = simulation.quality(native_layers(checkpoint), transforms, native_vocabulary(checkpoint))
+    _print(f"{name}, as served with an INT8 KV cache", served)
+
+
+def _print_method(method: Method, simulation: Simulation, arguments: argparse.Namespace) -> None:
+    with TemporaryDirectory() as directory:
+        out = Path(directory) / method
+        start_s = time.perf_counter()
+        options = Options(method, arguments.group_size, arguments.calibration)
+        quantize(arguments.model, out, options, lambda stage, done: None)
+        _print_checkpoint(f"{method} ({time.perf_counter() - start_s:.0f} s)", simulation, out)
 
 
 def main() -> None:
@@ -181,7 +204,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("quantized", type=Path, nargs="*")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--calibration", type=Path, help="for the ranges of a KV cache by channel")
+    parser.add_argument("--calibration", type=Path, help="for the ranges of a KV cache by channel, and for --methods")
+    parser.add_argument("--methods", type=Method, choices=list(Method), nargs="*", default=[])
+    parser.add_argument("--group-size", type=int, default=64, help="of --methods")
     parser.add_argument("--num-sequences", type=int, default=6)
     parser.add_argument("--sequence-tokens", type=int, default=1024)
     arguments = parser.parse_args()
@@ -189,7 +214,7 @@ def main() -> None:
     with torch.inference_mode():
         ids = token_ids(source, arguments.text, arguments.num_sequences, arguments.sequence_tokens)
         simulation = Simulation(source, ids)
-        print(f"{'':40} {'ppl':>9} {'KL':>9} {'99 %':>8} {'top-1':>7}")  # noqa: T201 - a command's output
+        print(f"{'':50} {'ppl':>9} {'KL':>9} {'99 %':>8} {'top-1':>7}")  # noqa: T201 - a command's output
         _print("original", simulation.quality(simulation.layers))
         transforms = [int8_per_token] * source.config.num_layers
         _print("INT8 KV cache, per token", simulation.quality(simulation.layers, transforms))
@@ -199,10 +224,9 @@ def main() -> None:
                 "INT8 KV cache, per channel", simulation.quality(simulation.layers, simulation.calibrated(calibration))
             )
         for path in arguments.quantized:
-            checkpoint = load_checkpoint(path)
-            _print(path.name, simulation.quality(native_layers(checkpoint)))
-            served = simulation.quality(native_layers(checkpoint), transforms, native_vocabulary(checkpoint))
-            _print(f"{path.name}, as served with an INT8 KV cache", served)
+            _print_checkpoint(path.name, simulation, path)
+        for method in arguments.methods:
+            _print_method(method, simulation, arguments)
 
 
 if __name__ == "__main__":
