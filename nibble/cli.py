@@ -126,7 +126,7 @@ def quantize(
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a GGUF file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The native checkpoint directory to make.")],
     method: Annotated[
-        str, typer.Option(help="rtn or sinq (need no text), awq, gptq, or awq-gptq: awq's scales, then gptq.")
+        str, typer.Option(help="rtn or sinq (need no text), awq, gptq, or awq-gptq: both of these, and the best.")
     ] = "awq-gptq",
     group_size: Annotated[int, typer.Option(help="Weights with one scale: 32, 64 or 128.")] = 128,
     calibration: Annotated[

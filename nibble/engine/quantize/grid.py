@@ -16,7 +16,7 @@ from nibble.kernels.layout import GROUP_SIZES
 
 MAX_Q = 15
 SHRINK_STEPS, SHRINK_STEP = 20, 0.025  # ranges tried: 1, 0.975, ... of what a group spans
-_LEAST_SCALE = 2.0**-24  # fp16's smallest
+LEAST_SCALE = 2.0**-24  # fp16's smallest
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def minmax_grid(w: Tensor, group_size: int, shrink: float = 1.0) -> Grid:
     """
     groups = w.unflatten(1, (-1, group_size))
     low, high = groups.amin(-1).clamp(max=0) * shrink, groups.amax(-1).clamp(min=0) * shrink
-    scale = to_fp16((high - low) / MAX_Q).clamp(min=_LEAST_SCALE)
+    scale = to_fp16((high - low) / MAX_Q).clamp(min=LEAST_SCALE)
     zero = (-low / scale).round().clamp(0, MAX_Q)
     return Grid(scale, to_fp16(-scale * zero))
 

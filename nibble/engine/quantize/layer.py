@@ -1,7 +1,7 @@
 """One layer: from float32 weights and calibration streams to INT4 matrices.
 
 Linears are quantised in the order of the forward pass, each on the inputs that it will really get: those of the layers
-and linears in front of it as they were quantised.
+and linears in front of it as they were quantised. AWQ_GPTQ also has each make up for what these inputs are off by.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nibble.engine.model_config import ModelConfig
 from nibble.engine.quantize.awq import fold_layer_scales, search_layer_scales
+from nibble.engine.quantize.correction import corrected, missing_output
 from nibble.engine.quantize.decoder import (
     INPUTS,
     LINEARS,
@@ -29,6 +30,7 @@ from nibble.engine.quantize.gptq import damped, gptq
 from nibble.engine.quantize.grid import QuantizedMatrix, fitting_group_size, minmax_grid, round_to_nearest, search_grid
 from nibble.engine.quantize.kv_channels import KVObserver
 from nibble.engine.quantize.options import Method
+from nibble.engine.quantize.refine import refined
 from nibble.engine.quantize.sinq import even_layer_scales
 from nibble.engine.quantize.statistics import ChannelStatistics, gram
 
@@ -138,7 +140,7 @@ class LayerQuantizer:
                 self.actual.advance(actual, key, observer)
             result.statistics |= _input_statistics(key, self.exact.h)
             w = torch.cat([layer[name] for name in names])
-            parts = self._quantize(w).split([len(layer[name]) for name in names])
+            parts = self._quantize(w, key).split([len(layer[name]) for name in names])
             for name, matrix in zip(names, parts, strict=True):
                 result.matrices[name] = matrix
                 actual[name] = matrix.dequantized().to(self._dtype)
@@ -155,14 +157,26 @@ class LayerQuantizer:
             return search_layer_scales(layer, self._search_batch(), self._config, self._group_size, self._dtype)
         return {}
 
-    def _quantize(self, w: Tensor) -> QuantizedMatrix:
-        """All that read the same input as one matrix."""
+    def _quantize(self, w: Tensor, key: str) -> QuantizedMatrix:
+        """All that read the inputs `key` as one matrix."""
         if self._method in (Method.RTN, Method.SINQ):
             return _round(w, self._method, self._group_size)
         hessian = sum((gram(h) for h in self.actual.h), torch.zeros(()).to(w.device))
         hessian = damped(hessian, HESSIAN_DAMPING)
+        is_refined = self._method is Method.AWQ_GPTQ
+        if is_refined:
+            w = corrected(w, hessian, self._missing(w, key))
         grid = search_grid(w, fitting_group_size(self._group_size, w.shape[1]), hessian)
-        return round_to_nearest(w, grid) if self._method is Method.AWQ else gptq(w, hessian, grid)
+        if self._method is Method.AWQ:
+            return round_to_nearest(w, grid)
+        matrix = gptq(w, hessian, grid)
+        return refined(w, hessian, matrix) if is_refined else matrix
+
+    def _missing(self, w: Tensor, key: str) -> Tensor:
+        missing = torch.zeros_like(w)
+        for h, a, x, y in zip(self.exact.h, self.actual.h, self.exact.x, self.actual.x, strict=True):
+            missing += missing_output(w, h, a, x - y if key in ("o", "down") else None)
+        return missing
 
     def _search_batch(self) -> Tensor:
         x = self.exact.x[0]

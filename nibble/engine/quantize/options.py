@@ -12,7 +12,8 @@ from nibble.kernels.layout import GROUP_SIZES
 
 class Method(StrEnum):
     """rtn: nearest values. sinq: channel scales from the weights alone. awq: channel scales, then ranges. gptq: error
-    feedback. awq-gptq: the scales of awq, then gptq: better than either (docs/quantization.md)."""
+    feedback. awq-gptq: the scales of awq, then gptq on corrected weights, then least squares: the best
+    (docs/quantization.md)."""
 
     RTN = "rtn"
     SINQ = "sinq"
