@@ -20,7 +20,7 @@ PRODUCT_SIZE = 8192
 
 @dataclass(frozen=True)
 class Roof:
-    """What this GPU was just seen to do: bytes read a second, and operations a second of an fp16 product by cuBLAS."""
+    """What this GPU was just seen to do: bytes a second read, operations a second of an fp16 product by cuBLASLt."""
 
     bandwidth: float
     flops: float
@@ -68,7 +68,7 @@ def measure_roof(kernels: CUDAKernels) -> Roof:
 
 
 def median_us(kernels: CUDAKernels, step: Callable[[], object], captures: bool = True) -> float:
-    """Of a step, as a graph if it `captures` (CuPy refuses to capture cuBLAS), after two to warm up."""
+    """Of a step, as a graph if it `captures` (prompts run op by op), after two to warm up."""
     stream = kernels.device.stream
 
     def run() -> None:

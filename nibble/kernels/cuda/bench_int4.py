@@ -2,7 +2,7 @@
 
 Decode: the four linears of all layers as one graph, each layer with weights of its own, which is what an engine step
 runs and is too large for L2; then each shape alone over all its layers. Prefill: each shape alone, T tokens.
-Times are medians by GPU events, of graph replays but for prefill (CuPy refuses to capture cuBLAS).
+Times are medians by GPU events, of graph replays but for prefill, which the engine runs op by op.
 """
 
 from __future__ import annotations

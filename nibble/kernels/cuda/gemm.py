@@ -1,4 +1,4 @@
-"""cuBLAS for what our kernels leave to it: products of many tokens with a matrix dequantised to fp16 (PREFILL mode).
+"""cuBLASLt for what our kernels leave to it: products of many tokens with a matrix dequantised to fp16 (PREFILL mode).
 
 A product reads its matrix in slabs of rows, so that the fp16 copy of a large one needs little of the workspace and is
 still in the L2 cache when it is read. Additions of bias and of a gated activation are kernels of ours.
@@ -17,8 +17,8 @@ from nibble.kernels.cuda.device import Device
 from nibble.kernels.cuda.silu_and_mul import silu_and_mul
 
 SLAB_BYTES = 64 << 20
-SLAB_ROWS = 256  # a slab is a multiple of cuBLAS's tiles
-GATED_TOKENS = 2048  # more than cuBLAS needs to be at its best
+SLAB_ROWS = 256  # a slab is a multiple of its tiles
+GATED_TOKENS = 2048  # more than cuBLASLt needs to be at its best
 
 _TYPES = {np.dtype(np.float16): FLOAT16, np.dtype(np.float32): FLOAT32}
 

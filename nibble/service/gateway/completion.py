@@ -56,8 +56,6 @@ class ChunkEncoder:
         after: Sequence[int] = (),
     ) -> None:
         self._after = after
-        if after:
-            self.delta = self._delta_after  # type: ignore[method-assign]
         self._identity = identity
         self._shape = shape
         self._include_usage = include_usage
@@ -74,6 +72,9 @@ class ChunkEncoder:
         return b"".join(self._event(self._chunk(choice)) for choice in choices if choice is not None)
 
     def delta(self, delta: Delta) -> bytes:
+        return self._missing(delta) if self._after else self._events(delta)
+
+    def _events(self, delta: Delta) -> bytes:
         choice, text, finish_reason, num_tokens, logprobs, reasoning, calls = delta
         self._positions[choice] = num_tokens
         events = b""
@@ -89,15 +90,15 @@ class ChunkEncoder:
             events += self._event(self._chunk(self._shape.chunk(choice, None, None, finish_reason)))
         return events
 
-    def _delta_after(self, delta: Delta) -> bytes:
+    def _missing(self, delta: Delta) -> bytes:
         """Those events of a delta that the client does not have."""
         choice, after = delta.choice, self._after[delta.choice]
         if delta.num_tokens > after:
-            return type(self).delta(self, delta)
+            return self._events(delta)
         self._positions[choice] = delta.num_tokens
         if delta.finish_reason is None:
             return b""
-        last = type(self).delta(self, Delta(choice, "", delta.finish_reason, delta.num_tokens))
+        last = self._events(Delta(choice, "", delta.finish_reason, delta.num_tokens))
         return last if self._positions[choice] > after else b""
 
     def closing(self, usage: Usage) -> bytes:
