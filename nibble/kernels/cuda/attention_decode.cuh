@@ -115,8 +115,8 @@ struct Side : Turn {
     }
 };
 
-// What is free says every computing thread for itself: __syncwarp() and one lane's arrival take as long, and racecheck does
-// not follow that order.
+// What is free and what is new says every thread for itself: __syncwarp() and one lane's arrival take as long, and racecheck
+// does not follow that order.
 DEVICE void init_barriers() {
     if (threadIdx.x < STAGES) {
         init_barrier(shared_address(shared + FULL + threadIdx.x * 8), WARP);
@@ -126,8 +126,8 @@ DEVICE void init_barriers() {
         init_barrier(shared_address(shared + SCALES_FREE + threadIdx.x * 8), COMPUTING);
         init_barrier(shared_address(shared + SIDE_FULL + threadIdx.x * 8), WARP + 1);
         init_barrier(shared_address(shared + SIDE_FREE + threadIdx.x * 8), COMPUTING);
-        init_barrier(shared_address(shared + SIDE_NEW + threadIdx.x * 16), 1);
-        init_barrier(shared_address(shared + SIDE_NEW + threadIdx.x * 16 + 8), 1);
+        init_barrier(shared_address(shared + SIDE_NEW + threadIdx.x * 16), WARP);
+        init_barrier(shared_address(shared + SIDE_NEW + threadIdx.x * 16 + 8), WARP);
     }
 }
 

@@ -62,7 +62,7 @@ struct SideCopier {
 #pragma unroll
         for (int which = 0; which < 2; which++) {
             if (has_new) maker.make(which);
-            if (threadIdx.x % WARP == 0) arrive(side.has_new(which));
+            arrive(side.has_new(which));
         }
         side.advance();
     }

@@ -23,10 +23,11 @@ import cupy
 import numpy as np
 import numpy.typing as npt
 
-from nibble.kernels.cuda import add_bias, int4_dequantize, int4_linear, int8_dequantize, read_bandwidth
+from nibble.kernels.cuda import add_bias, gemm, int4_dequantize, int4_linear, int8_dequantize, read_bandwidth
 from nibble.kernels.cuda.arena import Arena
 from nibble.kernels.cuda.backend import CUDAKernels
 from nibble.kernels.cuda.compile import Defines
+from nibble.kernels.cuda.gemm import multiply
 from nibble.kernels.cuda.launch import Kernel
 from nibble.kernels.cuda.rope import HEAD_DIMS
 from nibble.kernels.cuda.variants import compile_all
@@ -65,11 +66,19 @@ class OwnAllocations(Arena):
         self._kept.clear()
 
 
+def multiply_into_zeros(x: cupy.ndarray, matrix: cupy.ndarray, out: cupy.ndarray, first: int, accumulate: bool) -> None:
+    """`gemm.multiply`. initcheck does not see what cuBLASLt's kernels write by bulk copies."""
+    if first == 0 and not accumulate:
+        out.data.memset_async(0, out.nbytes)
+    multiply(x, matrix, out, first, accumulate)
+
+
 class Sanitized:
     """The backend, and which of its kernels were launched."""
 
     def __init__(self) -> None:
         cupy.cuda.set_allocator(None)
+        gemm.multiply = multiply_into_zeros
         self.kernels = CUDAKernels(workspace_bytes=1 << 20)
         self.device = self.kernels.device
         self.arena = self.device.arena = OwnAllocations()
