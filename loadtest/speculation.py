@@ -26,6 +26,7 @@ from rich.console import Console
 from loadtest.gpu_engine import make_kernels
 from loadtest.machine import Machine, StolenTime, this_machine
 from loadtest.random_model import SHAPES, RandomCheckpoint
+from nibble.engine.draft_model import step_cost
 from nibble.engine.limits import MAX_DRAFTS, EngineLimits, SpeculationMethod
 from nibble.engine.llm_engine import LLMEngine
 from nibble.engine.protocol import GenerationRequest, SamplingParams
@@ -170,6 +171,7 @@ class Bench:
             speculation=SpeculationMethod.NGRAM,
         )
         self.engine = LLMEngine.load(checkpoint, self.kernels, limits)
+        self.cost = step_cost(self.engine.runner)
 
     def compare(
         self, workload: str, prompts: list[list[int]], num_tokens: int, rounds: int, accuracies: tuple[float, ...] = ()
@@ -188,8 +190,7 @@ class Bench:
         return [_result(workload, *case, each, expected) for case, each in zip(cases, runs, strict=True)]
 
     def _run(self, drafter: Drafter | None, prompts: list[list[int]], num_tokens: int) -> Run:
-        is_asynchronous = self.kernels.is_asynchronous
-        self.engine.speculation = None if drafter is None else Speculation(drafter, MAX_DRAFTS, is_asynchronous)
+        self.engine.speculation = None if drafter is None else Speculation(drafter, MAX_DRAFTS, self.cost)
         return run(self.engine, prompts, num_tokens)
 
 

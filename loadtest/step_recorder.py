@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nibble.engine.llm_engine import LLMEngine
+from nibble.engine.pass_shapes import PassShape
 from nibble.kernels.interface import Array, HostCopy
 
 HOST_PARTS = ("schedule", "inputs", "launch", "wait", "update")
@@ -123,22 +124,22 @@ class StepRecorder:
         return call
 
     def _marked(self, launch: Callable[..., Any]) -> Callable[..., Any]:
-        """The marks lie in the device's queue: before the step's upload, and behind the copies of its results."""
+        """The marks lie in the device's queue: before the step's first upload, and behind the copies of its results."""
         upload = self._engine.runner._upload
         clock = self._clock
         if clock is None:
             return launch
         begin: list[Any] = []
 
-        def upload_marked(num_bytes: int) -> None:
-            begin[:] = [clock.mark()]
-            upload(num_bytes)
+        def upload_marked(part: slice, shape: PassShape) -> None:
+            begin[:] = begin or [clock.mark()]
+            upload(part, shape)
 
         self._engine.runner._upload = upload_marked  # type: ignore[method-assign]
 
         def launch_marked(batch: Any) -> Any:
             step = launch(batch)
-            self._marks = (begin[0], clock.mark())
+            self._marks = (begin.pop(), clock.mark())
             return step
 
         return launch_marked

@@ -31,8 +31,9 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step. Prompt tokens go through the throughput path (PREFILL mode), but for the last few of a prompt on a
-    backend that is faster so (`Kernels.prefill_block_tokens`); they and generated tokens are computed in DECODE mode.
+    """One step. Prompt tokens go through the throughput path (PREFILL mode), but for short prompts and the last few of
+    a prompt on a backend that is faster so (`Kernels.num_prefill_tokens`); they and generated tokens are computed in
+    DECODE mode.
 
     The split is by token, not by sequence: a resumed or preempted sequence recomputes each of its tokens with the same
     arithmetic as the first time, so that it goes on with the same tokens.

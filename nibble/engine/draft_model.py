@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -27,7 +27,7 @@ from nibble.engine.model_runner import ModelRunner
 from nibble.engine.protocol import SamplingParams
 from nibble.engine.scheduler import next_chunk
 from nibble.engine.sequence import Sequence
-from nibble.engine.speculative import NgramDrafter, Speculation
+from nibble.engine.speculative import SYNCHRONOUS, NgramDrafter, Speculation, StepCost, asynchronous_cost
 
 
 @dataclass(slots=True)
@@ -58,7 +58,6 @@ class DraftModel:
         self._num_ids = min(vocab_size, runner.model.config.vocab_size)  # either may have more, of no meaning
         self._max_context_tokens = runner.model.config.max_context_tokens
         self._max_prompt_tokens = max_prompt_tokens
-        self._block_tokens = runner.kernels.prefill_block_tokens
         self._mirrors: OrderedDict[Sequence, _Mirror] = OrderedDict()  # the least recently used first
 
     def propose(self, wishes: Mapping[Sequence, int]) -> list[list[int]]:
@@ -85,9 +84,9 @@ class DraftModel:
             return False
         mirror = self._mirrors.get(sequence)
         if mirror is None:
-            mirror = self._mirrors[sequence] = _Mirror(
-                _mirrored(sequence, self._max_context_tokens, self._block_tokens)
-            )
+            num_prefill_tokens = self._runner.kernels.num_prefill_tokens(sequence.num_prompt_tokens)
+            mirror = _Mirror(_mirrored(sequence, self._max_context_tokens, num_prefill_tokens))
+            self._mirrors[sequence] = mirror
         if max(token_ids[mirror.num_agreed :], default=0) >= self._num_ids:
             return False
         mirror.follow(token_ids)
@@ -131,18 +130,24 @@ def make_speculation(runner: ModelRunner, draft_runners: list[ModelRunner], limi
     """As limits say; draft_runners: that of the draft model, if there is one."""
     if limits.speculation is SpeculationMethod.OFF:
         return None
-    is_asynchronous = runner.kernels.is_asynchronous
     if not draft_runners:
-        return Speculation(NgramDrafter(), limits.num_drafts, is_asynchronous)
+        return Speculation(NgramDrafter(), limits.num_drafts, step_cost(runner))
     (draft_runner,) = draft_runners
     max_prompt_tokens = max(1, limits.max_num_batched_tokens - limits.max_num_sequences)
     drafter = DraftModel(draft_runner, runner.model.config.vocab_size, max_prompt_tokens)
+    return Speculation(drafter, limits.num_drafts, step_cost(runner, draft_runner))
+
+
+def step_cost(runner: ModelRunner, draft_runner: ModelRunner | None = None) -> StepCost:
+    """Of the model's steps, and those of its draft model."""
+    if runner.kernels.is_asynchronous:
+        return asynchronous_cost(runner.measure_step(), draft_runner.measure_step() if draft_runner else 0.0)
     # Both read all their weights for a token of every sequence.
-    draft_cost = draft_runner.model.weight_bytes / runner.model.weight_bytes
-    return Speculation(drafter, limits.num_drafts, is_asynchronous, draft_cost)
+    draft = draft_runner.model.weight_bytes / runner.model.weight_bytes if draft_runner else 0.0
+    return replace(SYNCHRONOUS, draft=draft)
 
 
-def _mirrored(sequence: Sequence, max_context_tokens: int, prefill_block_tokens: int) -> Sequence:
+def _mirrored(sequence: Sequence, max_context_tokens: int, num_prefill_tokens: int) -> Sequence:
     """The same request without what only its own model can do, and without an end."""
     sampling = sequence.request.sampling
     request = msgspec.structs.replace(
@@ -157,7 +162,7 @@ def _mirrored(sequence: Sequence, max_context_tokens: int, prefill_block_tokens:
         ),
         grammar=None,
     )
-    return Sequence.start(request, [], max_context_tokens, 0.0, prefill_block_tokens)
+    return Sequence.start(request, [], max_context_tokens, 0.0, num_prefill_tokens)
 
 
 def check_same_tokenizer(tokenizer_file: Path, draft_tokenizer_file: Path) -> None:

@@ -116,7 +116,7 @@ class LLMEngine:
             generated_token_ids,
             self.max_context_tokens,
             self._now(),
-            self.runner.kernels.prefill_block_tokens,
+            self.runner.kernels.num_prefill_tokens(len(request.prompt_token_ids)),
         )
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)

@@ -26,7 +26,7 @@ from nibble.engine.checkpoint.schema import (
 from nibble.engine.checkpoint.source import open_source
 from nibble.engine.memory_plan import IDLE_BLOCKS, SLACK_BYTES
 from nibble.engine.model_config import ModelConfig
-from nibble.engine.pass_inputs import PassShape
+from nibble.engine.pass_shapes import PassShape
 from nibble.kernels.layout import BLOCK_SIZE, GROUP_SIZES, KVDtype
 from nibble.kernels.sampling import LOGPROB_WORDS
 from nibble.kernels.slots import SlotLayout, mask_words

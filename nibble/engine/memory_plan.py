@@ -20,7 +20,7 @@ from nibble.engine.errors import CapacityError
 from nibble.engine.limits import EngineLimits, SpeculationMethod
 from nibble.engine.model import DecoderModel
 from nibble.engine.model_runner import ModelRunner
-from nibble.engine.pass_inputs import PassShape
+from nibble.engine.pass_shapes import PassShape
 from nibble.kernels.interface import Kernels, Mode
 from nibble.kernels.layout import BLOCK_SIZE
 
@@ -108,6 +108,7 @@ def _plan(kernels: Kernels, models: list[DecoderModel], limits: EngineLimits) ->
     for runner in runners:
         runner.capture()
         runner.reset_counters()
+    _wait_for_swap_buffers(runners[0])
     weight_bytes = sum(model.weight_bytes for model in models)
     MemoryPlan(
         total_bytes=total_bytes,
@@ -133,6 +134,14 @@ def _buffer_and_graph_bytes(kernels: Kernels, models: list[DecoderModel], limits
         kept.append(largest)  # so that the next one's are measured beside it
         num_bytes += (free_bytes - kernels.memory_info()[0]) * trial.num_graphs // len(largest)
     return num_bytes
+
+
+def _wait_for_swap_buffers(runner: ModelRunner) -> None:
+    try:
+        runner.swap_buffers.wait()
+    except MemoryError as error:
+        wanted = f"{runner.num_swap_blocks} blocks of the host's memory, for preempted sequences"
+        raise CapacityError(f"{wanted}, cannot be page-locked: {error}") from error
 
 
 def _block_bytes(models: list[DecoderModel]) -> int:

@@ -5,20 +5,18 @@ id goes into `latest` on the device, at the row that the step gave its sequence,
 there: it is launched before the host has read anything. No row outlives that: by the step after next the host knows the
 id, so rows are numbered anew in every step.
 
-One token per sequence is computed by a captured graph, the smallest that has a row for each; the rows left over write
-the idle block, which no sequence owns. Steps that verify drafts have graphs of their own. Everything else (prompts,
-tokens computed anew) is launched op by op.
+Passes of few tokens are captured graphs, the smallest that has a row for each token; the rows left over read the idle
+block, which no sequence owns, and write nothing. There are graphs for each `PassKind`. Long chunks of prompts are
+launched op by op, which takes no longer than the device computes them.
 """
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
-from operator import attrgetter
+from statistics import median
 
 import numpy as np
 
@@ -27,22 +25,19 @@ from nibble.engine.batch import Batch, Chunk
 from nibble.engine.block_manager import num_blocks_for
 from nibble.engine.logprob_records import PromptPart, keep_logprobs, keep_prompt_logprobs, prompt_parts
 from nibble.engine.model import DecoderModel, ForwardBatch
-from nibble.engine.pass_inputs import (
-    NOTHING,
-    PassInputs,
-    PassShape,
-    captured_shapes,
-    cut,
-    fill,
-    fill_idle,
-    shape_of,
-)
+from nibble.engine.pass_inputs import PassInputs, cut, fill, fill_idle, shape_of
+from nibble.engine.pass_shapes import NOTHING, PassKind, PassShape, captured_shapes, holds, kind_of
 from nibble.engine.sequence import Sequence
 from nibble.engine.speculative import verify
-from nibble.engine.swap_space import BlockMove
+from nibble.engine.swap_buffers import SwapBuffers
 from nibble.kernels.interface import Array, HostCopy, Kernels, Mode
 from nibble.kernels.layout import BLOCK_SIZE
 from nibble.kernels.sampling import LOGPROB_WORDS
+
+# With `PassShape.adjusts`, of what there are graphs for.
+_KINDS = [(kind, adjusts) for kind in PassKind for adjusts in (False, True) if kind.samples or not adjusts]
+
+_NUM_MEASURED_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class PendingStep:
 
 @dataclass(frozen=True)
 class CapturedPass:
-    """The decode pass for one number of tokens. Its inputs are the front of the buffers."""
+    """The pass of a kind for one number of tokens. Its inputs are the front of its mode's part of the buffers."""
 
     shape: PassShape
     host: list[PassInputs]  # in each host buffer
@@ -92,39 +87,52 @@ class ModelRunner:
         self.kv_cache = kernels.zeros(kv_shape, np.uint8)
         self._idle_block = num_blocks
         self.num_swap_blocks = num_swap_blocks
-        host_buffer = kernels.host_buffer if num_swap_blocks else np.zeros  # a backend need not have empty ones
-        self._swapped = host_buffer((num_swap_blocks, config.num_layers, *kv_shape[2:]), np.uint8)
-        # In one step, each block leaves once at most, and each swapped one comes back once.
-        self._moves = host_buffer((NUM_HOST_BUFFERS, num_blocks + num_swap_blocks, 2), np.int32)
+        self.swap_buffers = SwapBuffers(kernels, self.kv_cache, num_swap_blocks)
         self._max_blocks = num_blocks_for(config.max_context_tokens)
         self._max_sequences, max_samples = max_sequences, max_sequences + max_verified
         self._latest = kernels.zeros((max_samples,), np.int32)
         self._logprobs = kernels.zeros((max_samples, LOGPROB_WORDS), np.int32)
         self._prompt_logprobs = kernels.zeros((max_tokens, LOGPROB_WORDS), np.int32)
         self._adjustments = Adjustments(kernels, max_sequences, config.vocab_size, max_samples)
-        # In one step some sequences may be in a captured pass and some in another one, all of them together are
-        # max_sequences: two passes of that size are more than enough.
-        max_rows = max(max_tokens, max_verified)
-        shape = PassShape(max_rows, max_samples, self._max_blocks, max_samples, True, max_tokens)
-        size = 2 * shape.num_bytes
-        self._host = [kernels.host_buffer((size,), np.uint8) for _ in range(NUM_HOST_BUFFERS)]
+        self._shapes = captured_shapes(max_sequences, max_tokens, max_verified, self._max_blocks)
+        self._captured: dict[tuple[PassKind, bool], list[CapturedPass]] = {}  # by kind and PassShape.adjusts, if any
+        # A step may have one pass in each mode.
+        largest = PassShape(
+            max(max_tokens, max_verified), max_sequences, self._max_blocks, max_samples, True, max_tokens
+        )
+        captured = [replace(shape, adjusts=True) for shapes in self._shapes.values() for shape in shapes]
+        size = max(shape.num_bytes for shape in (largest, *captured))
+        self._parts = {Mode.DECODE: slice(0, size), Mode.PREFILL: slice(size, 2 * size)}  # of the buffers
+        self._host = [kernels.host_buffer((2 * size,), np.uint8) for _ in range(NUM_HOST_BUFFERS)]
         self.wait_s = 0.0  # for the device, in all steps together
         self._turn = 0  # which host buffer is the present step's
-        self._inputs = kernels.zeros((size,), np.uint8)
-        self._shapes = captured_shapes(max_sequences, max_verified, self._max_blocks)
-        self._captured: dict[tuple[bool, bool], list[CapturedPass]] = {}  # by has_drafts and PassShape.adjusts, if any
+        self._inputs = kernels.zeros((2 * size,), np.uint8)
 
     def capture(self) -> None:
-        """Capture the decode pass for every bucket. Without it (on a synchronous backend) all passes run op by op."""
-        for has_drafts, shapes in self._shapes.items():
-            for adjusts in (False, True):
-                passes = [self._capture_pass(replace(shape, adjusts=adjusts)) for shape in shapes]
-                self._captured[has_drafts, adjusts] = passes
+        """Capture the pass for every bucket. Without it (on a synchronous backend) all passes run op by op."""
+        for kind, adjusts in _KINDS:
+            shapes = [replace(shape, adjusts=adjusts) for shape in self._shapes[kind]]
+            self._captured[kind, adjusts] = [self._capture_pass(kind, shape) for shape in shapes]
 
     def capture_largest(self) -> list[CapturedPass]:
         """One graph of each kind, for as many rows as there can be: none takes more memory."""
-        largest = [shapes[-1] for shapes in self._shapes.values() if shapes]
-        return [self._capture_pass(replace(shape, adjusts=adjusts)) for shape in largest for adjusts in (False, True)]
+        return [
+            self._capture_pass(kind, replace(self._shapes[kind][-1], adjusts=adjusts))
+            for kind, adjusts in _KINDS
+            if self._shapes[kind]
+        ]
+
+    def measure_step(self) -> float:
+        """Seconds that the device takes for the smallest captured pass: the median of a few."""
+        (captured, *_), seconds = self._captured[PassKind.SINGLE_TOKENS, False], []
+        fill_idle(captured.host[self._turn], captured.shape, NOTHING, self._idle_block)
+        self._upload(self._parts[Mode.DECODE], captured.shape)
+        for _ in range(_NUM_MEASURED_STEPS):
+            started_s = time.perf_counter()
+            captured.replay()
+            self.kernels.start_to_host(self._latest).wait()
+            seconds.append(time.perf_counter() - started_s)
+        return median(seconds)
 
     def reset_counters(self) -> None:
         """What was computed up to now was for nobody."""
@@ -136,7 +144,7 @@ class ModelRunner:
     @property
     def num_graphs(self) -> int:
         """That `capture` makes."""
-        return 2 * sum(map(len, self._shapes.values()))
+        return sum(len(self._shapes[kind]) for kind, _ in _KINDS)
 
     def launch(self, batch: Batch) -> PendingStep:
         """Start to compute a batch, behind those that were started before."""
@@ -144,15 +152,12 @@ class ModelRunner:
         self._turn = (self._turn + 1) % NUM_HOST_BUFFERS
         self._adjustments.begin(self._turn)
         passes: list[Callable[[], None]] = []
-        start = num_samples = 0
+        num_samples = 0
         for mode, chunks in ((Mode.DECODE, batch.decode), (Mode.PREFILL, batch.prefill)):
             if chunks:
-                num_bytes, compute = self._prepare(chunks, mode, start, num_samples)
-                start += num_bytes
-                passes.append(compute)
+                passes.append(self._prepare(chunks, mode, num_samples))
                 num_samples += sum(chunk.num_samples for chunk in chunks)
-        self._move_blocks(batch.moves)
-        self._upload(start)
+        self.swap_buffers.move(batch.moves, self._turn)
         self._adjustments.upload()
         for compute in passes:
             compute()
@@ -198,32 +203,29 @@ class ModelRunner:
 
     def compute_idle(self, shape: PassShape, mode: Mode) -> None:
         """Compute a pass of this shape that touches nobody's blocks and samples for nobody."""
-        fill_idle(cut(self._host[self._turn], shape), shape, NOTHING, self._idle_block)
-        self._upload(shape.num_bytes)
-        self._compute(cut(self._inputs, shape), mode)
+        part = self._parts[mode]
+        fill_idle(cut(self._host[self._turn][part], shape), shape, NOTHING, self._idle_block)
+        self._upload(part, shape)
+        self._compute(cut(self._inputs[part], shape), mode)
         self.kernels.start_to_host(self._latest).wait()
 
-    def _prepare(
-        self, chunks: list[Chunk], mode: Mode, start: int, first_sample_row: int
-    ) -> tuple[int, Callable[[], None]]:
-        """Fill the host buffer from `start` on; (bytes filled, what computes the pass once they are uploaded)."""
-        shape = shape_of(chunks)
-        captured = self._captured_for(shape) if mode is Mode.DECODE else None
+    def _prepare(self, chunks: list[Chunk], mode: Mode, first_sample_row: int) -> Callable[[], None]:
+        """Fill the mode's part of the host buffer; -> what computes the pass."""
+        shape, part = shape_of(chunks), self._parts[mode]
+        captured = self._captured_for(shape, mode)
         if captured is not None:
-            assert start == 0, "captured passes read the front of the inputs"
             fill(captured.host[self._turn], chunks, first_sample_row, self._adjustments)
             fill_idle(captured.host[self._turn], captured.shape, shape, self._idle_block)
-            return captured.shape.num_bytes, captured.replay
-        fill(cut(self._host[self._turn][start:], shape), chunks, first_sample_row, self._adjustments)
-        return shape.num_bytes, partial(self._compute, cut(self._inputs[start:], shape), mode)
+            self._upload(part, captured.shape)
+            return captured.replay
+        fill(cut(self._host[self._turn][part], shape), chunks, first_sample_row, self._adjustments)
+        self._upload(part, shape)
+        return partial(self._compute, cut(self._inputs[part], shape), mode)
 
-    def _captured_for(self, shape: PassShape) -> CapturedPass | None:
-        has_drafts = shape.num_tokens > shape.num_sequences
-        if has_drafts and shape.num_samples < shape.num_tokens:
-            return None  # tokens computed anew
-        passes = self._captured.get((has_drafts, shape.adjusts), [])
-        index = bisect_left(passes, shape.num_tokens, key=lambda captured: captured.shape.num_tokens)
-        return passes[index] if index < len(passes) else None
+    def _captured_for(self, shape: PassShape, mode: Mode) -> CapturedPass | None:
+        """The smallest that holds a pass of this shape."""
+        passes = self._captured.get((kind_of(shape, mode), shape.adjusts), [])
+        return next((captured for captured in passes if holds(captured.shape, shape)), None)
 
     def _compute(self, inputs: PassInputs, mode: Mode) -> None:
         """One pass: from ids and positions to sampled ids in `latest`. Device work only; may be captured."""
@@ -264,27 +266,20 @@ class ModelRunner:
                     inputs.prompt_out_rows[rows],
                 )
 
-    def _capture_pass(self, shape: PassShape) -> CapturedPass:
-        host = [cut(buffer, shape) for buffer in self._host]
+    def _capture_pass(self, kind: PassKind, shape: PassShape) -> CapturedPass:
+        mode = Mode.PREFILL if kind is PassKind.PROMPTS else Mode.DECODE
+        part = self._parts[mode]
+        host = [cut(buffer[part], shape) for buffer in self._host]
         fill_idle(host[self._turn], shape, NOTHING, self._idle_block)
-        self._upload(shape.num_bytes)
-        replay = self.kernels.capture(partial(self._compute, cut(self._inputs, shape), Mode.DECODE))
+        self._upload(part, shape)
+        replay = self.kernels.capture(partial(self._compute, cut(self._inputs[part], shape), mode))
         self.kernels.start_to_host(self._latest).wait()  # the host buffer is free again
         return CapturedPass(shape, host, replay)
 
-    def _move_blocks(self, moves: list[BlockMove]) -> None:
-        """Behind the steps launched before, which still use the blocks that leave."""
-        start, pairs = 0, self._moves[self._turn]
-        for to_host, run in groupby(moves, key=attrgetter("to_host")):
-            ids = [(move.block_id, move.host_block) for move in run]
-            stop = start + len(ids)
-            pairs[start:stop] = ids
-            self.kernels.copy_blocks(self.kv_cache, self._swapped, pairs[start:stop], to_host=to_host)
-            start = stop
-
-    def _upload(self, num_bytes: int) -> None:
+    def _upload(self, part: slice, shape: PassShape) -> None:
         # Later than all kernels of the step before, which read the same device buffer: one stream does both.
-        self.kernels.copy_to_device(self._host[self._turn][:num_bytes], self._inputs[:num_bytes])
+        used = slice(part.start, part.start + shape.num_bytes)
+        self.kernels.copy_to_device(self._host[self._turn][used], self._inputs[used])
 
     def _advance(self, batch: Batch) -> None:
         row = 0

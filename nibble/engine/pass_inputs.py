@@ -7,48 +7,21 @@ read. Neither is allocated while tokens are generated, and a captured pass finds
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from nibble.engine.adjustments import Adjustments
 from nibble.engine.batch import Chunk
+from nibble.engine.pass_shapes import PassShape, aligned
 from nibble.engine.sequence import Sequence
 from nibble.kernels.interface import Array, AttentionBatch
 from nibble.kernels.layout import BLOCK_SIZE
 from nibble.kernels.sampling import AdjustmentBatch, SamplingBatch
 
 Sample: TypeAlias = tuple[Sequence, int]  # the index counts the tokens that a step samples of one sequence
-
-ALIGNMENT = 64  # bytes; more than any vector access needs
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # tokens that steps are captured for
-
-
-@dataclass(frozen=True)
-class PassShape:
-    """T tokens of S sequences, whose block tables have B columns; N of the tokens have their logits sampled.
-
-    adjusts: whether some of these N need more than `sample`; A is N then, else 0. P: tokens of prompts whose log
-    probabilities are wanted.
-    """
-
-    num_tokens: int
-    num_sequences: int
-    num_blocks: int
-    num_samples: int
-    adjusts: bool = False
-    num_prompt_logprobs: int = 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the buffer that the pass is cut out of."""
-        return sum(_aligned(math.prod(shape) * dtype.itemsize) for _, shape, dtype in _fields(self))
-
-
-NOTHING = PassShape(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -57,7 +30,7 @@ class PassInputs:
 
     ids: Array  # int32 (T,), below 0: -1 - row of the step before that sampled the token
     positions: Array  # int32 (T,)
-    slots: Array  # int64 (T,), where each token's key and value go: block_id * 64 + offset
+    slots: Array  # int64 (T,), where each token's key and value go: block_id * 64 + offset; below 0: nowhere
     query_starts: Array  # int32 (S + 1,)
     context_lens: Array  # int32 (S,)
     block_tables: Array  # int32 (S, B)
@@ -94,10 +67,10 @@ def cut(buffer: Array, shape: PassShape) -> PassInputs:
     """Views of the first shape.num_bytes bytes of a uint8 buffer, on the host or on the device."""
     views: dict[str, Array] = {}
     start = 0
-    for name, dimensions, dtype in _fields(shape):
+    for name, dimensions, dtype in shape.fields():
         num_bytes = math.prod(dimensions) * dtype.itemsize
         views[name] = buffer[start : start + num_bytes].view(dtype).reshape(dimensions)
-        start += _aligned(num_bytes)
+        start += aligned(num_bytes)
     return PassInputs(**views)
 
 
@@ -112,19 +85,6 @@ def shape_of(chunks: list[Chunk]) -> PassShape:
         adjusts=any(chunk.num_samples and not chunk.sequence.samples_plainly for chunk in special),
         num_prompt_logprobs=sum(len(prompt_targets(chunk)) for chunk in special if chunk.sequence.prompt_logprobs),
     )
-
-
-def captured_shapes(max_sequences: int, max_verified: int, num_blocks: int) -> dict[bool, list[PassShape]]:
-    """Of decode passes without drafts (False) and with them (True), each by rising number of tokens.
-
-    Where there are drafts there are fewer sequences than tokens; tokens left over belong to one sequence more.
-    """
-    decode = [bucket for bucket in BUCKETS if bucket < max_sequences] + [max_sequences]
-    verify = [bucket for bucket in BUCKETS if 1 < bucket <= max_verified]
-    return {
-        False: [PassShape(tokens, tokens, num_blocks, tokens) for tokens in decode],
-        True: [PassShape(tokens, min(tokens - 1, max_sequences + 1), num_blocks, tokens) for tokens in verify],
-    }
 
 
 def prompt_targets(chunk: Chunk) -> list[int]:
@@ -162,11 +122,11 @@ def fill(inputs: PassInputs, chunks: list[Chunk], first_sample_row: int, adjustm
 def fill_idle(inputs: PassInputs, shape: PassShape, used: PassShape, idle_block: int) -> None:
     """Make the tokens, sequences and samples behind those in use compute something that nobody reads.
 
-    They write the block idle_block and attend to it, draw greedily, and their ids go nowhere. Sequences left over share
-    the tokens left over; some may have none.
+    They attend to the block idle_block, which nobody writes, draw greedily, and their ids go nowhere. Sequences left
+    over share the tokens left over; some may have none.
     """
     rows = slice(used.num_tokens, None)
-    inputs.ids[rows], inputs.positions[rows], inputs.slots[rows] = 0, 0, idle_block * BLOCK_SIZE
+    inputs.ids[rows], inputs.positions[rows], inputs.slots[rows] = 0, 0, -1
     rows = slice(used.num_sequences, None)
     num_tokens, num_sequences = shape.num_tokens - used.num_tokens, shape.num_sequences - used.num_sequences
     assert num_sequences > 0 or num_tokens == 0, "tokens left over need a sequence"
@@ -248,27 +208,3 @@ def _fill_prompt_logprobs(inputs: PassInputs, chunks: list[Chunk], stops: list[i
         inputs.prompt_num_logprobs[rows] = chunk.sequence.request.sampling.prompt_logprobs
         inputs.prompt_out_rows[rows] = range(start, start + len(targets))
         start += len(targets)
-
-
-def _fields(shape: PassShape) -> Iterator[tuple[str, tuple[int, ...], np.dtype[Any]]]:
-    tokens, sequences, samples = shape.num_tokens, shape.num_sequences, shape.num_samples
-    for name in ("ids", "positions"):
-        yield name, (tokens,), np.dtype(np.int32)
-    yield "slots", (tokens,), np.dtype(np.int64)
-    yield "query_starts", (sequences + 1,), np.dtype(np.int32)
-    yield "context_lens", (sequences,), np.dtype(np.int32)
-    for name in ("last_rows", "sample_rows", "top_k"):
-        yield name, (samples,), np.dtype(np.int32)
-    for name in ("temperature", "top_p", "min_p"):
-        yield name, (samples,), np.dtype(np.float32)
-    yield "seeds", (samples,), np.dtype(np.uint64)
-    yield "draw_positions", (samples,), np.dtype(np.int64)
-    for name in ("adjustment_slots", "mask_rows", "num_logprobs"):
-        yield name, (samples if shape.adjusts else 0,), np.dtype(np.int32)
-    for name in ("prompt_rows", "prompt_targets", "prompt_num_logprobs", "prompt_out_rows"):
-        yield name, (shape.num_prompt_logprobs,), np.dtype(np.int32)
-    yield "block_tables", (sequences, shape.num_blocks), np.dtype(np.int32)
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

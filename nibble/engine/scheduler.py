@@ -79,8 +79,9 @@ class Scheduler:
         """The next step's work. Empty only if every sequence's last token is sampled already, or there are none."""
         for sequence in [sequence for sequence in self.running if sequence.is_complete]:
             self.remove(sequence)  # its last token is still unread, but room for another one is there now
-        for chunk in self._last.prefill:
-            self._share_blocks(chunk.sequence)
+        for chunk in self._last.chunks:
+            if chunk.num_prompt_tokens:
+                self._share_blocks(chunk.sequence)
         self._preempt_for_urgent()
         batch = Batch(prefill=[], decode=[])
         self._schedule_decode(batch)
@@ -137,7 +138,9 @@ class Scheduler:
         index = len(self._match(sequence))
         hashes = self._hashes(sequence)[index : index + 1]
         return bool(hashes) and any(
-            other.is_prefilling and other.rank < sequence.rank and self._hashes(other)[index : index + 1] == hashes
+            other.num_computed_tokens < other.num_prompt_tokens
+            and other.rank < sequence.rank
+            and self._hashes(other)[index : index + 1] == hashes
             for other in self.running
         )
 

@@ -73,18 +73,17 @@ class Sequence:
         generated_token_ids: TokenSequence[int],
         max_context_tokens: int,
         now_s: float,
-        prefill_block_tokens: int = 1,
+        num_prefill_tokens: int | None = None,
     ) -> Sequence:
         """A new sequence, or one that another worker began: generated_token_ids continue its prompt.
 
-        prefill_block_tokens: see `Kernels`. A prompt whose log probabilities are asked for is computed in one mode.
+        num_prefill_tokens: see `Kernels`; None: all of the prompt, as always where its log probabilities are asked for.
         """
         token_ids = [*request.prompt_token_ids, *generated_token_ids]
         num_prompt_tokens = len(request.prompt_token_ids)
         sampling, content = request.sampling, slot_content(request.sampling)
-        num_prefill_tokens = num_prompt_tokens
-        if prefill_block_tokens > 1 and sampling.prompt_logprobs is None:  # its last token gives logits: in DECODE mode
-            num_prefill_tokens = (num_prompt_tokens - 1) // prefill_block_tokens * prefill_block_tokens
+        if num_prefill_tokens is None or sampling.prompt_logprobs is not None:
+            num_prefill_tokens = num_prompt_tokens
         limit = min(num_prompt_tokens + request.sampling.max_tokens, max_context_tokens)
         return cls(
             request=request,

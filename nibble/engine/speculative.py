@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from nibble.engine.batch import MAX_VERIFIED_TOKENS
@@ -99,18 +100,32 @@ class StepCost:
     """How long steps take; the unit is a step of one token."""
 
     token: float  # each further token of a step
-    wait: float  # the device's, where a step's results are read before the next one is launched
+    wait: float = 0.0  # the device's, where a step's results are read before the next one is launched
+    wait_sequence: float = 0.0  # ... and so much more for each sequence
     draft: float = 0.0  # one more draft for each sequence, before the step
 
     def of(self, num_tokens: int) -> float:
         return 1 + self.token * (num_tokens - 1)
 
 
-# On two cores SmolLM2-135M decodes 8 sequences in 2.3 to 2.5 times the time of one. On an H100 a step of Llama-3-8B's
-# shape takes 2.2 ms for one sequence, 1.3 times that for 16 and 2.6 times for 64; the host is busy for 0.13 ms with a
-# step of one sequence, for 0.39 with one of 32 (docs/performance.md).
-SYNCHRONOUS = StepCost(token=0.2, wait=0.0)
-ASYNCHRONOUS = StepCost(token=0.025, wait=0.15)
+# On two cores SmolLM2-135M decodes 8 sequences in 2.3 to 2.5 times the time of one.
+SYNCHRONOUS = StepCost(token=0.2)
+# On an H100 a step of Llama-3-8B's shape takes 2.06 ms for one sequence, 2.25 for 8 tokens, 2.86 for 32, 3.7 for 64.
+# A step that is waited for takes longer than that by the host's work: 0.39 ms for one sequence, 0.71 for 8, 1.02 for
+# 16, 1.45 for 32 (docs/performance.md).
+_ASYNCHRONOUS_TOKEN = 0.0135
+_WAIT_S = 0.36e-3
+_WAIT_SEQUENCE_S = 0.036e-3
+
+
+def asynchronous_cost(step_s: float, draft_step_s: float = 0.0) -> StepCost:
+    """Of a device that computes a step of one token in step_s, and in draft_step_s with the draft model, if any."""
+    return StepCost(
+        token=_ASYNCHRONOUS_TOKEN,
+        wait=_WAIT_S / step_s,
+        wait_sequence=_WAIT_SEQUENCE_S / step_s,
+        draft=(draft_step_s + _WAIT_S) / step_s if draft_step_s else 0.0,
+    )
 
 
 class Speculation:
@@ -125,13 +140,13 @@ class Speculation:
     none, and steps overlap as they do without speculation. Sequences with a grammar are waiting for their masks anyway.
     """
 
-    def __init__(self, drafter: Drafter, num_drafts: int, is_asynchronous: bool, draft_cost: float = 0.0) -> None:
-        """num_drafts: of a sequence in one step, at most. draft_cost: see `StepCost`."""
+    def __init__(self, drafter: Drafter, num_drafts: int, cost: StepCost) -> None:
+        """num_drafts: of a sequence in one step, at most."""
         self.drafter = drafter
         self.num_draft_tokens = 0  # verified
         self.num_accepted_tokens = 0  # ... and right
         self._num_drafts = num_drafts
-        self._cost = replace(ASYNCHRONOUS if is_asynchronous else SYNCHRONOUS, draft=draft_cost)
+        self._cost = cost
 
     def draft(self, sequences: list[Sequence], num_running: int) -> bool:
         """Give drafts to those whose tokens are all read. Whether the others' unread tokens should be waited for,
@@ -180,12 +195,17 @@ class Speculation:
         return count
 
     def _wishes(self, sequences: Iterable[Sequence], num_running: int) -> dict[Sequence, int]:
+        """What they are worth, or as many for each as a step has room for."""
         wishes = {}
         for sequence in sequences:
             count = min(self.max_drafts(sequence.acceptance, num_running), sequence.max_drafts)
             if count > 0:
                 wishes[sequence] = count
-        return wishes
+        room = MAX_VERIFIED_TOKENS - num_running
+        if sum(wishes.values()) <= room:
+            return wishes
+        share = max(1, room // len(wishes))
+        return {sequence: min(count, share) for sequence, count in islice(wishes.items(), room)}
 
     def _pays(self, num_drafts: Mapping[Sequence, int], num_running: int) -> bool:
         """Whether a step that is waited for, with so many drafts, gives more tokens in its time than one without."""
@@ -193,6 +213,7 @@ class Speculation:
             sequence.acceptance**i for sequence, count in num_drafts.items() for i in range(1, count + 1)
         )
         alone = self._cost.of(num_running)
-        together = self._cost.of(num_running + sum(num_drafts.values())) + self._cost.wait
+        together = self._cost.of(num_running + sum(num_drafts.values()))
+        together += self._cost.wait + self._cost.wait_sequence * num_running
         together += self._cost.draft * max(num_drafts.values(), default=0)
         return (num_running + num_accepted) * alone > num_running * together

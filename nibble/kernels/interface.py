@@ -159,11 +159,9 @@ class Kernels(SamplingKernels, Protocol):
         Raises MemoryError where not even `step` fits; so does later an op for which the room does not suffice.
         """
 
-    @property
-    def prefill_block_tokens(self) -> int:
-        """Prompts are computed in PREFILL mode in whole blocks of so many tokens, the rest in DECODE mode, which is
-        faster for few tokens: the split depends on the prompt alone, so that its results depend on nothing else. 1: all
-        of a prompt in PREFILL mode."""
+    def num_prefill_tokens(self, num_prompt_tokens: int) -> int:
+        """How many of a prompt's first tokens are to be computed in PREFILL mode; the others in DECODE mode, which may
+        be faster for few tokens. The split depends on the prompt alone, so that its results depend on nothing else."""
 
     @property
     def is_asynchronous(self) -> bool:
@@ -285,7 +283,8 @@ class Kernels(SamplingKernels, Protocol):
     ) -> None:
         """Quantise k and v of each token of qkv and write them to slot slots[t] = block_id * 64 + offset, int64 (T,).
 
-        kv_cache uint8 (num_blocks, num_kv_heads, layout.head_block_bytes), one layer, written in place.
+        A token whose slot is below 0 is skipped. kv_cache uint8 (num_blocks, num_kv_heads, layout.head_block_bytes),
+        one layer, written in place.
         """
 
     def paged_attention(

@@ -88,7 +88,12 @@ class Work:
 class SimulatedKernels:
     def __init__(self, is_asynchronous: bool) -> None:
         self.is_asynchronous = is_asynchronous
-        self.prefill_block_tokens = BLOCK_SIZE if is_asynchronous else 1  # as of the backends
+
+    def num_prefill_tokens(self, num_prompt_tokens: int) -> int:
+        """As of the backends."""
+        if not self.is_asynchronous:
+            return num_prompt_tokens
+        return (num_prompt_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE if num_prompt_tokens > 128 else 0
 
 
 class SimulatedRunner(ModelRunner):

@@ -128,13 +128,74 @@ def test_graphs_are_captured_for_few_sizes_and_padded_rows_touch_nobody(
     engine = LLMEngine.from_checkpoint(
         tiny, kernels, EngineLimits(kv_cache_bytes=60 * BLOCK_BYTES, max_num_sequences=20)
     )
-    assert kernels.num_captured == 2 * (len([1, 2, 4, 8, 16, 20]) + 1)  # plain or not; the largest twice, to measure
+    num_sampling = len([1, 2, 4, 8, 16, 20]) + len([16, 32, 64, 96, 128])
+    num_prompts = len([128, 256, 384, 512])
+    # What samples is captured plain or not; the largest of each kind twice, to measure.
+    assert kernels.num_captured == 2 * (num_sampling + 2) + num_prompts + 1
     for request, _, _ in requests[:11]:
         engine.add(request)
     outputs: dict[str, list[int]] = {}
     for event in run(engine):
         outputs.setdefault(event.request_id, []).extend(event.token_ids)
     assert outputs == {request.request_id: expected for request, expected, _ in requests[:11]}
+
+
+class SplitKernels(CPUKernels):
+    """Computes short prompts and ends of prompts in DECODE mode, as a GPU's backend does."""
+
+    def num_prefill_tokens(self, num_prompt_tokens: int) -> int:
+        return (num_prompt_tokens - 1) // 64 * 64 if num_prompt_tokens > 100 else 0
+
+
+class LateSplitKernels(SplitKernels, LateKernels):
+    pass
+
+
+def test_passes_of_prompts_are_captured_and_padded_rows_touch_nobody(tiny: Path) -> None:
+    """Prompts of 1 to 128 tokens go through graphs, alone and beside sequences that decode, and then as many as none is
+    captured for; the tokens are those of each prompt alone, op by op."""
+    rng = np.random.default_rng(1)
+    requests = [
+        GenerationRequest(
+            request_id=str(i),
+            prompt_token_ids=rng.integers(0, VOCAB_SIZE, num_tokens).tolist(),
+            sampling=SamplingParams(max_tokens=6, temperature=0.0, logprobs=2 if i % 2 else None),
+            arrival_s=float(i),
+        )
+        for i, num_tokens in enumerate([1, 2, 15, 16, 17, 64, 65, 99, 100, 101, 128, 129, 200, 240])
+    ]
+    kernels = SplitKernels()
+    engine = LLMEngine.from_checkpoint(tiny, kernels, EngineLimits(60 * BLOCK_BYTES, has_prefix_cache=False))
+    expected: dict[str, list[int]] = {}
+    for request in requests:
+        engine.add(request)
+        expected[request.request_id] = [token_id for event in run(engine) for token_id in event.token_ids]
+    kernels.close()
+    late = LateSplitKernels()
+    engine = LLMEngine.from_checkpoint(tiny, late, EngineLimits(60 * BLOCK_BYTES, has_prefix_cache=False))
+    outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
+
+    def keep(events: list[TokenEvent]) -> None:
+        for event in events:
+            outputs[event.request_id] += event.token_ids
+
+    for request in requests:
+        replayed, num_steps = late.num_replayed, engine.stats.num_steps
+        engine.add(request)
+        keep(run(engine))
+        assert late.num_replayed - replayed == engine.stats.num_steps - num_steps  # nothing is computed op by op
+    assert outputs == expected
+    outputs = {request.request_id: [] for request in requests}
+    engine.add(requests[0])
+    keep(engine.step())
+    for request in requests[1:4]:  # beside one that decodes
+        engine.add(request)
+    keep(engine.step())
+    for request in requests[4:]:  # 1,158 tokens
+        engine.add(request)
+    keep(run(engine))
+    late.close()
+    assert outputs == expected
 
 
 def test_preempted_sequences_come_back_from_the_hosts_memory_with_the_same_tokens(

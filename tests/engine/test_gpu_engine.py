@@ -33,7 +33,7 @@ from nibble.engine.limits import EngineLimits, SpeculationMethod
 from nibble.engine.llm_engine import LLMEngine
 from nibble.engine.protocol import GenerationRequest, SamplingParams
 from nibble.engine.quantize.options import Method
-from nibble.engine.speculative import Speculation
+from nibble.engine.speculative import Speculation, asynchronous_cost
 from nibble.kernels.interface import Mode
 from nibble.kernels.layout import KVDtype
 
@@ -340,7 +340,7 @@ def test_drafts_change_no_token(tmp_path: Path, kernels: CUDAKernels, adjusts: b
     )
     for accuracy in (1.0, 0.7):
         tokens = {name: completion[0] for name, completion in plain.items()}
-        engine.speculation = Speculation(ReplayDrafter(tokens, accuracy, 1000), 7, is_asynchronous=True)
+        engine.speculation = Speculation(ReplayDrafter(tokens, accuracy, 1000), 7, asynchronous_cost(2e-3))
         alone: dict[str, tuple[list[int], bytes]] = {}
         for request in requests[:6]:
             alone |= completions(engine, [request])

@@ -141,7 +141,7 @@ def test_decoding_sequences_get_a_token_in_every_step_while_a_long_prompt_is_pre
             break
     # 300 prompt tokens, 15 a step beside the decoding one, or 256 and the rest; events may come one step late
     kernels = engine.runner.kernels
-    assert num_steps == (20 if kernels.prefill_block_tokens == 1 else 18 + 3) + kernels.is_asynchronous
+    assert num_steps == (20 if kernels.num_prefill_tokens(300) == 300 else 18 + 3) + kernels.is_asynchronous
 
 
 def test_a_preempted_sequence_keeps_its_tokens(make_engine: MakeEngine) -> None:

@@ -70,7 +70,16 @@ def turn(name: str, prompt: list[int], seed: int = 0, **options: int | str) -> G
 
 @pytest.mark.parametrize(
     ("num_common", "num_prompt", "num_cached"),
-    [(200, 250, 192), (63, 250, 0), (64, 65, 64), (256, 256, 192), (256, 257, 256), (192, 193, 192), (1, 1, 0)],
+    [
+        (200, 250, 192),
+        (63, 250, 0),
+        (64, 165, 64),
+        (128, 129, 128),
+        (256, 256, 192),
+        (256, 257, 256),
+        (192, 193, 192),
+        (1, 1, 0),
+    ],
 )
 def test_full_blocks_of_a_common_prefix_are_found_but_one_token_is_always_computed(
     make_engine: MakeEngine, num_common: int, num_prompt: int, num_cached: int
@@ -83,6 +92,15 @@ def test_full_blocks_of_a_common_prefix_are_found_but_one_token_is_always_comput
     assert engine.stats.num_prompt_tokens - before == num_prompt - num_cached
     assert engine.stats.num_cache_queries == num_common + 100 + num_prompt
     assert engine.stats.num_cache_hits == num_cached
+
+
+def test_short_prompts_find_what_was_computed_in_their_mode(make_engine: MakeEngine) -> None:
+    """A GPU computes them in DECODE mode, with other rounding than longer ones, which find nothing of theirs."""
+    engine = make_engine()
+    run(engine, turn("short", PREFIX[:100]))
+    assert cached_tokens(run(engine, turn("other", [*PREFIX[:64], 1]))["other"]) == 64
+    is_split = engine.runner.kernels.num_prefill_tokens(100) == 0
+    assert cached_tokens(run(engine, turn("long", PREFIX[:64] + [1] * 100))["long"]) == (0 if is_split else 64)
 
 
 def test_the_first_and_the_last_event_tell_how_much_was_found(make_engine: MakeEngine) -> None:

@@ -107,7 +107,7 @@ def test_tokens_computed_anew_leave_every_decoding_sequence_its_token(make_engin
     steps = steps_of(engine)[1:]
     assert all(step["d"] == 1 for step in steps[:59])
     # 4 of the prompt, then or together with them 40 generated ones, 9 in each step but that in which `new` has a token
-    is_apart = engine.runner.kernels.prefill_block_tokens == 1
+    is_apart = engine.runner.kernels.num_prefill_tokens(4) == 4
     assert [step["resumed"] for step in steps[:7]] == ([4, 8, 9, 9, 9, 5, 1] if is_apart else [9, 9, 9, 9, 8, 1, 1])
 
 

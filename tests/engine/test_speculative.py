@@ -13,7 +13,9 @@ from nibble.engine.limits import MAX_DRAFTS, EngineLimits
 from nibble.engine.llm_engine import LLMEngine
 from nibble.engine.protocol import FinishReason, GenerationRequest, SamplingParams
 from nibble.engine.sequence import Sequence
-from nibble.engine.speculative import MATCH_LENGTHS, NgramDrafter, Speculation, verify
+from nibble.engine.speculative import MATCH_LENGTHS, SYNCHRONOUS, NgramDrafter, Speculation, asynchronous_cost, verify
+
+COSTS = {False: SYNCHRONOUS, True: asynchronous_cost(2.06e-3)}
 
 
 def sequence(token_ids: list[int], max_tokens: int = 1000, **sampling: object) -> Sequence:
@@ -79,7 +81,7 @@ def test_what_is_forgotten_leaves_nothing() -> None:
 
 
 def speculation(is_asynchronous: bool = False, num_drafts: int = MAX_DRAFTS) -> Speculation:
-    return Speculation(NgramDrafter(), num_drafts, is_asynchronous)
+    return Speculation(NgramDrafter(), num_drafts, COSTS[is_asynchronous])
 
 
 def test_the_more_sequences_there_are_the_surer_a_draft_has_to_be() -> None:
@@ -127,12 +129,12 @@ def test_drafts_of_few_among_many_are_not_worth_that_all_wait() -> None:
     owner = sequence([1, 2, 3] * 5)
     decide.draft([owner], 4)
     assert owner.drafts
-    decide.draft([owner], 40)
+    decide.draft([owner], 24)
     assert not owner.drafts
-    many = [sequence([1, 2, 3] * 5) for _ in range(40)]
+    many = [sequence([1, 2, 3] * 5) for _ in range(24)]
     for each in many:
         each.acceptance = 0.95
-    decide.draft(many, 40)
+    decide.draft(many, 24)
     assert all(each.drafts for each in many)
 
 
@@ -211,7 +213,7 @@ def test_no_draft_changes_a_token_whatever_else_happens(data: st.DataObject) -> 
     )
     engine = LLMEngine(SimulatedRunner(draw(st.integers(5, 12)), 200, is_asynchronous), CONFIG, limits, lambda: 0.0)
     drafter = ReplayDrafter(outputs, draw(st.sampled_from([0.3, 0.9, 1.0])), VOCAB_SIZE)
-    engine.speculation = Speculation(drafter, draw(st.integers(1, MAX_DRAFTS)), is_asynchronous)
+    engine.speculation = Speculation(drafter, draw(st.integers(1, MAX_DRAFTS)), COSTS[is_asynchronous])
     traffic = Traffic(engine, {name: outputs[name][: stops_at[name] + 1] for name in names})
     for name in names:
         each = request(
@@ -240,7 +242,7 @@ def test_one_sequence_takes_a_step_for_each_run_of_right_drafts() -> None:
     outputs = {"0": [token_at(0, i) for i in range(81)]}
     for is_asynchronous in (False, True):
         engine = LLMEngine(SimulatedRunner(9, 200, is_asynchronous), CONFIG, EngineLimits(0), lambda: 0.0)
-        engine.speculation = Speculation(ReplayDrafter(outputs, 1.0, VOCAB_SIZE), 7, is_asynchronous)
+        engine.speculation = Speculation(ReplayDrafter(outputs, 1.0, VOCAB_SIZE), 7, COSTS[is_asynchronous])
         traffic = Traffic(engine, outputs)
         traffic.add(request("0", max_tokens=81), 0)
         while engine.has_unfinished:
@@ -255,7 +257,7 @@ def test_without_drafts_that_pay_steps_overlap_as_ever() -> None:
     """The runner of an asynchronous device has two steps at once; a drafter that is never right stops that briefly."""
     outputs = {"0": [token_at(0, i) for i in range(300)]}
     engine = LLMEngine(SimulatedRunner(9, 200, True), CONFIG, EngineLimits(0), lambda: 0.0)
-    engine.speculation = Speculation(ReplayDrafter(outputs, 0.0, VOCAB_SIZE), 7, True)
+    engine.speculation = Speculation(ReplayDrafter(outputs, 0.0, VOCAB_SIZE), 7, COSTS[True])
     traffic = Traffic(engine, outputs)
     traffic.add(request("0", max_tokens=300), 0)
     num_overlapping = 0
@@ -271,7 +273,7 @@ def test_logits_that_are_not_finite_behind_a_draft_end_the_request_after_it() ->
         outputs = {"0": [token_at(0, i) for i in range(50)]}
         runner = SimulatedRunner(9, 200, is_asynchronous)
         engine = LLMEngine(runner, CONFIG, EngineLimits(0), lambda: 0.0)
-        engine.speculation = Speculation(ReplayDrafter(outputs, 1.0, VOCAB_SIZE), 7, is_asynchronous)
+        engine.speculation = Speculation(ReplayDrafter(outputs, 1.0, VOCAB_SIZE), 7, COSTS[is_asynchronous])
         traffic = Traffic(engine, outputs)
         traffic.add(request("0", max_tokens=50), 0)
         runner.nonfinite_from["0"] = 20

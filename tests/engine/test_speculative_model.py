@@ -16,8 +16,9 @@ from tiny_tokenizer import EOS, write_tiny_tokenizer
 
 from nibble.engine.limits import EngineLimits, SpeculationMethod
 from nibble.engine.llm_engine import LLMEngine
+from nibble.engine.model_runner import ModelRunner
 from nibble.engine.protocol import FinishReason, GenerationRequest, GrammarKind, GrammarSpec, SamplingParams
-from nibble.engine.speculative import Speculation
+from nibble.engine.speculative import SYNCHRONOUS, Speculation, asynchronous_cost
 from nibble.kernels.cpu.backend import CPUKernels
 
 VOCAB_SIZE = 300
@@ -100,10 +101,16 @@ def expected(tiny: Path) -> dict[str, Output]:
     return outputs
 
 
+@pytest.fixture(autouse=True)
+def step_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A late device is a CPU with a tiny model, whose steps are so short that no draft would be worth a wait."""
+    monkeypatch.setattr(ModelRunner, "measure_step", lambda runner: 2e-3)
+
+
 def replay(engine: LLMEngine, outputs: dict[str, Output], accuracy: float, seed: int = 0) -> Speculation:
     tokens = {name: output.tokens for name, output in outputs.items()}
-    is_asynchronous = engine.runner.kernels.is_asynchronous
-    return Speculation(ReplayDrafter(tokens, accuracy, engine.config.vocab_size, seed), 7, is_asynchronous)
+    cost = asynchronous_cost(2e-3) if engine.runner.kernels.is_asynchronous else SYNCHRONOUS
+    return Speculation(ReplayDrafter(tokens, accuracy, engine.config.vocab_size, seed), 7, cost)
 
 
 @pytest.mark.parametrize("accuracy", [0.0, 0.8, 1.0])
@@ -187,8 +194,10 @@ def test_no_captured_step_is_computed_op_by_op_because_of_drafts(tiny: Path) -> 
     """Of an asynchronous device: every decode pass with drafts is a replay, of few sizes."""
     backend = LateKernels(num_threads=2)
     engine = LLMEngine.from_checkpoint(tiny, backend, EngineLimits(PLENTY, max_num_sequences=4, speculation=NGRAM))
-    num_shapes = len([1, 2, 4]) + len([2, 4, 8, 16, 24, 32, 48, 64])
-    assert backend.num_captured == 2 * (num_shapes + 2)  # plain or not; the largest twice, to measure
+    num_shapes = len([1, 2, 4]) + len([2, 4, 8, 16, 24, 32, 48, 64, 96, 128])
+    num_prompts = len([128, 256, 384, 512])
+    # All that samples plain or not; the largest twice, to measure.
+    assert backend.num_captured == 2 * (num_shapes + 2) + num_prompts + 1
     tokens = run(engine, [_copying("a"), _copying("b"), _copying("c")])
     backend_steps, stats = backend.num_replayed, engine.stats
     assert stats.num_accepted_tokens > 30

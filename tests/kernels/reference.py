@@ -71,6 +71,8 @@ def append_kv(qkv: np.ndarray, slots: np.ndarray, kv_cache: np.ndarray, layout: 
     kv = qkv[:, -2 * num_kv_heads * d :].reshape(len(qkv), 2, num_kv_heads, d)
     for t, slot in enumerate(slots):
         block, offset = divmod(int(slot), BLOCK_SIZE)
+        if slot < 0:
+            continue
         for which in range(2):
             for head in range(num_kv_heads):
                 x, to = kv[t, which, head], kv_cache[block, head]

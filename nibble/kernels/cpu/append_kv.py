@@ -66,6 +66,8 @@ def _chunk(arguments, chunk):
     num_saturated = 0
     for t in range(chunk * CHUNK_TOKENS, min((chunk + 1) * CHUNK_TOKENS, num_tokens)):
         slot = memory.int64_at(slots + t * 8)
+        if slot < 0:
+            continue
         block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
         for which in range(2):  # k, v
             for head in range(num_kv_heads):

@@ -110,9 +110,8 @@ class CPUKernels:
     def fit_workspace(self, step: Callable[[], None]) -> int:
         return 0
 
-    @property
-    def prefill_block_tokens(self) -> int:
-        return 1
+    def num_prefill_tokens(self, num_prompt_tokens: int) -> int:
+        return num_prompt_tokens
 
     @property
     def is_asynchronous(self) -> bool:

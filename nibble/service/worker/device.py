@@ -24,6 +24,7 @@ CPU_SPECULATION, CUDA_SPECULATION = "ngram", "off"  # what it gains on a GPU has
 # s; a step takes milliseconds on a GPU, where only a kernel's compilation takes longer. A CPU may need minutes for a
 # large model's full step, and half a minute to compile everything (before the first step, but for rare variants).
 CUDA_STEP_TIMEOUT_S, CPU_STEP_TIMEOUT_S = 60.0, 300.0
+CUDA_SWAP_BYTES = 1 << 30  # a CPU's blocks are in the machine's memory already
 KV_CACHE_SHARE = 0.25  # of the machine's free memory, where kv_cache_bytes is not set on a CPU
 KV_CACHE_MAX_BYTES = 2 << 30  # ... and at most this: more blocks than the sequences can fill are of no use
 
@@ -94,6 +95,7 @@ def engine_limits(settings: WorkerSettings, is_cuda: bool) -> EngineLimits:
             "NIBBLE_DRAFT_MODEL_DIR: it goes with NIBBLE_SPECULATION=draft_model "
             f"(got {str(settings.draft_model_dir)!r} and {str(speculation)!r})"
         )
+    swap_bytes = settings.swap_bytes if settings.swap_bytes is not None else CUDA_SWAP_BYTES
     return EngineLimits(
         kv_cache_bytes=kv_cache_bytes,
         max_num_sequences=max_num_sequences,
@@ -103,7 +105,7 @@ def engine_limits(settings: WorkerSettings, is_cuda: bool) -> EngineLimits:
         has_prefix_cache=settings.prefix_cache,
         speculation=speculation,
         num_drafts=settings.num_drafts,
-        swap_bytes=settings.swap_bytes,
+        swap_bytes=swap_bytes if is_cuda else 0,
         draft_model_dir=settings.draft_model_dir,
     )
 

@@ -52,9 +52,9 @@ class WorkerSettings(ProcessSettings):
     itself. By default `off` on a GPU, else `ngram`."""
     num_drafts: Annotated[int, Field(ge=1, le=MAX_DRAFTS)] = MAX_DRAFTS
     """Guesses of a request in one step, at most."""
-    swap_bytes: ByteSize = ByteSize(0)
-    """Page-locked memory of the machine, taken at start, that keeps what preempted requests had computed; without room
-    they compute it again. GPU alone."""
+    swap_bytes: ByteSize | None = None
+    """Page-locked memory of the machine that keeps what preempted requests had computed; without room they compute it
+    again. By default 1 GiB on a GPU; a CPU worker needs none."""
     draft_model_dir: Path | None = None
     """With `NIBBLE_SPECULATION=draft_model`: a native directory of a small model with the same tokenizer, which
     guesses."""

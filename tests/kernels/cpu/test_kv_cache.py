@@ -33,6 +33,7 @@ def test_append_writes_the_specified_bytes(
     qkv[5, start : start + head_dim] *= 1e-7  # a scale that is a denormal or 0 in fp16
     qkv[6, start : start + head_dim] += 1000  # large zero, small scale
     slots = rng.permutation(4 * BLOCK_SIZE)[:70].astype(np.int64)
+    slots[[7, 69]] = -1, -200  # skipped
     written, expected = poisoned_cache(4, layout), poisoned_cache(4, layout)
     channels = channels_of(kernels, layout)
     kernels.append_kv(qkv, slots, written, layout, channels)

@@ -74,7 +74,10 @@ def test_a_gpu_has_larger_steps_and_a_kv_cache_of_what_is_left() -> None:
     assert (limits.max_num_sequences, limits.max_num_batched_tokens) == (256, 2048)
     assert limits.kv_cache_bytes is None
     assert limits.memory_utilization == 0.5
+    assert limits.swap_bytes == 1 << 30
+    assert device.engine_limits(settings(swap_bytes=0), is_cuda=True).swap_bytes == 0
     limits = device.engine_limits(settings(), is_cuda=False)
+    assert limits.swap_bytes == 0
     assert (limits.max_num_sequences, limits.max_num_batched_tokens) == (64, 512)
     assert limits.kv_cache_bytes is not None
 
