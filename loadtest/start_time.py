@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,17 @@ def start(directory: Path, model: str, began_s: float) -> StartTime:
     from nibble.engine.llm_engine import LLMEngine
     from nibble.engine.model_runner import ModelRunner
     from nibble.kernels.cuda.backend import CUDAKernels
+    from nibble.kernels.layout import KVLayout
 
     stages.end("imports")
     kernels = CUDAKernels()
     stages.end("CUDA context")
     warm_up = stages.ending("kernels", kernels.warm_up)
 
-    def weights_are_there() -> None:
+    def weights_are_there(layouts: Sequence[KVLayout] = ()) -> None:
         kernels.device.stream.synchronize()
         stages.end("weights")
-        warm_up()
+        warm_up(layouts)
 
     # Stages end inside of from_checkpoint, which shows no others its progress: its own calls are timed.
     kernels.warm_up = weights_are_there  # type: ignore[method-assign]  # as the comment above says, and the next two

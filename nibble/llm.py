@@ -83,7 +83,7 @@ class LLM:
         kernels = make_kernels(worker, is_cuda)
         self.model: ServedModel = load_served_model(directory)
         self.engine = LLMEngine.from_checkpoint(directory, kernels, engine_limits(worker, is_cuda))
-        kernels.warm_up()
+        kernels.warm_up([self.engine.runner.model.kv_layout])
 
     def generate(
         self,

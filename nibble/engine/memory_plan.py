@@ -97,7 +97,7 @@ def _make(
 
 
 def _plan(kernels: Kernels, models: list[DecoderModel], limits: EngineLimits) -> list[ModelRunner]:
-    kernels.warm_up()
+    kernels.warm_up([model.kv_layout for model in models])
     workspace_bytes = kernels.fit_workspace(partial(_compute_every_shape, kernels, models, limits))
     free_bytes, total_bytes = kernels.memory_info()
     graph_bytes = _buffer_and_graph_bytes(kernels, models, limits, free_bytes)

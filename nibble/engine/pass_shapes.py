@@ -15,8 +15,8 @@ from nibble.kernels.interface import Mode
 ALIGNMENT = 64  # bytes; more than any vector access needs
 # Tokens that passes are captured for.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-PROMPT_END_BUCKETS = (16, 32, 64, 96, 128)  # in DECODE mode, beside what decodes
-PROMPT_BUCKETS = (128, 256, 384, 512)  # in PREFILL mode
+PROMPT_END_BUCKETS = (16, 32, 64, 128)  # in DECODE mode, beside what decodes
+PROMPT_BUCKETS = (128, 256)  # in PREFILL mode; of more tokens the device needs as long as the host, op by op
 MAX_CAPTURED_PROMPTS = 8  # of one pass in PREFILL mode; more take a while on the device anyway
 
 

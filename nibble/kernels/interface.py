@@ -14,7 +14,7 @@ is float32 on both. Storage formats (INT4 tiles, INT8 rows, KV blocks) are speci
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -200,8 +200,9 @@ class Kernels(SamplingKernels, Protocol):
         here, at least once, with valid data in its buffers; the result reads and writes the same arrays.
         """
 
-    def warm_up(self) -> None:
-        """Compile or load every kernel, so that no request pays for it."""
+    def warm_up(self, layouts: Sequence[KVLayout] = ()) -> None:
+        """Compile or load every kernel, so that no request pays for it; with layouts those alone that models with such
+        KV blocks use, at least."""
 
     def read_bandwidth(self) -> float:
         """Bytes per second that the device reads from memory, measured: the roof of decode."""

@@ -194,8 +194,8 @@ def test_no_captured_step_is_computed_op_by_op_because_of_drafts(tiny: Path) -> 
     """Of an asynchronous device: every decode pass with drafts is a replay, of few sizes."""
     backend = LateKernels(num_threads=2)
     engine = LLMEngine.from_checkpoint(tiny, backend, EngineLimits(PLENTY, max_num_sequences=4, speculation=NGRAM))
-    num_shapes = len([1, 2, 4]) + len([2, 4, 8, 16, 24, 32, 48, 64, 96, 128])
-    num_prompts = len([128, 256, 384, 512])
+    num_shapes = len([1, 2, 4]) + len([2, 4, 8, 16, 24, 32, 48, 64, 128])
+    num_prompts = len([128, 256])
     # All that samples plain or not; the largest twice, to measure.
     assert backend.num_captured == 2 * (num_shapes + 2) + num_prompts + 1
     tokens = run(engine, [_copying("a"), _copying("b"), _copying("c")])

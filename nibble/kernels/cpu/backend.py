@@ -7,7 +7,7 @@ them. Activations are C-contiguous float32. What each op computes is documented 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -138,7 +138,7 @@ class CPUKernels:
         step()
         return step
 
-    def warm_up(self) -> None:
+    def warm_up(self, layouts: Sequence[KVLayout] = ()) -> None:
         warm_up(self)
 
     def read_bandwidth(self) -> float:

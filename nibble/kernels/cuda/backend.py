@@ -6,7 +6,7 @@ CuPy's own kernels, which would be compiled at their first use. What each op com
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,6 @@ class CUDAKernels:
         self._copies = HostCopies()
         self._uploader = upload.Uploader()
         self._read_bandwidth: float | None = None
-        self._is_warm = False
 
     @property
     def device_name(self) -> str:
@@ -155,11 +154,10 @@ class CUDAKernels:
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         return capture.capture(self.device, step)
 
-    def warm_up(self) -> None:
-        if self._is_warm:
-            return
-        self._is_warm = True
-        for _, stem, defines, _ in variants.compile_all((self.device.architecture,), self.device.kernel_cache):
+    def warm_up(self, layouts: Sequence[KVLayout] = ()) -> None:
+        loaded = {(stem, defines) for stem, defines, _ in self.device.resources}
+        missing = [variant for variant in variants.variants_for(layouts) if variant not in loaded]
+        for _, stem, defines, _ in variants.compile_all((self.device.architecture,), self.device.kernel_cache, missing):
             self.device.load(stem, defines)
         self._uploader.close()
         self.read_bandwidth()  # later, the KV cache may have all memory

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     start_s, count = time.perf_counter(), 0
     try:
         for architecture, stem, defines, cubin in compile_all(
-            tuple(options.arch or ARCHITECTURES), options.cache, options.threads
+            tuple(options.arch or ARCHITECTURES), options.cache, num_threads=options.threads
         ):
             count += 1
             print(describe(architecture, stem, defines, cubin), flush=True)  # noqa: T201  # a command

@@ -52,7 +52,7 @@ def _serve(settings: WorkerSettings) -> None:
     engine = LLMEngine.from_checkpoint(settings.model_dir, kernels, limits)
     if engine.constraints is not None:
         engine.constraints.warm_up()
-    kernels.warm_up()
+    kernels.warm_up([engine.runner.model.kv_layout])
     metrics = WorkerMetrics(model_name, kernels.read_bandwidth(), settings.vllm_metric_names)
     metrics.weight_bytes, metrics.kv_cache_bytes = engine.weight_bytes, engine.kv_cache_bytes
     broker = WorkerBroker(

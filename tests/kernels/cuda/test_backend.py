@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nibble.kernels.interface import Int8Weight
+from nibble.kernels.layout import KVDtype, KVLayout
 
 if TYPE_CHECKING:
     from nibble.kernels.cuda.backend import CUDAKernels
@@ -206,3 +207,19 @@ def test_warm_up_loads_everything(kernels: CUDAKernels) -> None:
 
     kernels.warm_up()
     assert {(stem, defines) for stem, defines, _ in kernels.device.resources} == set(all_variants())
+
+
+def test_warm_up_for_a_model_loads_what_it_uses(kernels: CUDAKernels) -> None:
+    from nibble.kernels.cuda.backend import CUDAKernels
+    from nibble.kernels.cuda.rope import KV_TYPES
+
+    fresh = CUDAKernels(workspace_bytes=1 << 20, kernel_cache=kernels.device.kernel_cache)
+    fresh.warm_up([KVLayout(2, 128, KVDtype.FP16)])
+    loaded = {dict(defines).get("HEAD_DIM") for _, defines, _ in fresh.device.resources}
+    kinds = {dict(defines).get("KV_TYPE") for stem, defines, _ in fresh.device.resources if stem == "attention_decode"}
+    assert loaded == {None, 128}
+    assert KV_TYPES[KVDtype.FP16] in kinds
+    assert KV_TYPES[KVDtype.INT8_CHANNEL] not in kinds
+    num_loaded = len(fresh.device.resources)
+    fresh.warm_up([KVLayout(2, 128, KVDtype.FP16)])
+    assert len(fresh.device.resources) == num_loaded
