@@ -20,7 +20,6 @@ LEAST_CUDA = 13000  # of the driver: what CuPy and the compiler of the kernels a
 CPU_DEFAULTS = (64, 512)  # sequences, tokens of a step
 # Four times as many prefill 5 % faster, but others wait 160 ms, not 92, beside a prompt of 8k (docs/performance.md).
 CUDA_DEFAULTS = (256, 2048)
-CPU_SPECULATION, CUDA_SPECULATION = "ngram", "off"  # what it gains on a GPU has not been measured yet
 # s; a step takes milliseconds on a GPU, where only a kernel's compilation takes longer. A CPU may need minutes for a
 # large model's full step, and half a minute to compile everything (before the first step, but for rare variants).
 CUDA_STEP_TIMEOUT_S, CPU_STEP_TIMEOUT_S = 60.0, 300.0
@@ -89,7 +88,7 @@ def engine_limits(settings: WorkerSettings, is_cuda: bool) -> EngineLimits:
     kv_cache_bytes: int | None = settings.kv_cache_bytes
     if kv_cache_bytes is None and not is_cuda:
         kv_cache_bytes = min(KV_CACHE_MAX_BYTES, int(_free_memory_bytes() * KV_CACHE_SHARE))
-    speculation = SpeculationMethod(settings.speculation or (CUDA_SPECULATION if is_cuda else CPU_SPECULATION))
+    speculation = SpeculationMethod(settings.speculation)
     if (speculation is SpeculationMethod.DRAFT_MODEL) != (settings.draft_model_dir is not None):
         raise SettingsError(
             "NIBBLE_DRAFT_MODEL_DIR: it goes with NIBBLE_SPECULATION=draft_model "

@@ -47,9 +47,9 @@ class WorkerSettings(ProcessSettings):
     channel` made the checkpoint."""
     prefix_cache: bool = True
     """Requests share what was computed of a common prefix."""
-    speculation: Literal["off", "ngram", "draft_model"] | None = None
+    speculation: Literal["off", "ngram", "draft_model"] = "ngram"
     """Guess next tokens and verify several at once; the tokens stay the same. `ngram` guesses where a text repeats
-    itself. By default `off` on a GPU, else `ngram`."""
+    itself."""
     num_drafts: Annotated[int, Field(ge=1, le=MAX_DRAFTS)] = MAX_DRAFTS
     """Guesses of a request in one step, at most."""
     swap_bytes: ByteSize | None = None

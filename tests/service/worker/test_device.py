@@ -104,9 +104,10 @@ def test_a_worker_imports_no_backend_before_it_knows_its_device() -> None:
     assert not set(done.stdout.split()) & {"torch", "numba", "cupy"}
 
 
-def test_drafts_come_from_the_text_on_a_cpu_and_from_a_model_where_one_is_given(tmp_path: Path) -> None:
-    assert device.engine_limits(settings(), is_cuda=False).speculation is SpeculationMethod.NGRAM
-    assert device.engine_limits(settings(), is_cuda=True).speculation is SpeculationMethod.OFF
+def test_drafts_come_from_the_text_and_from_a_model_where_one_is_given(tmp_path: Path) -> None:
+    for is_cuda in (False, True):
+        assert device.engine_limits(settings(), is_cuda).speculation is SpeculationMethod.NGRAM
+    assert device.engine_limits(settings(speculation="off"), is_cuda=True).speculation is SpeculationMethod.OFF
     given = device.engine_limits(
         settings(speculation="draft_model", draft_model_dir=tmp_path, num_drafts=3), is_cuda=True
     )
