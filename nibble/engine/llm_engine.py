@@ -186,8 +186,6 @@ class LLMEngine:
         bad = next((i for i in request.prompt_token_ids if not 0 <= i < self.config.vocab_size), None)
         if bad is not None:
             raise RequestError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
-        if request.sampling.max_tokens < 1:
-            raise RequestError(f"max_tokens is {request.sampling.max_tokens}, the least is 1")
         try:
             check_sampling(request.sampling, self.config.vocab_size)
         except InvalidSampling as error:

@@ -21,8 +21,12 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIASES = 1024
 MAX_BAD_WORD_TOKENS = 17  # of one
 MAX_BAD_WORDS_TOKENS = 1024  # of all, and one more for each
-MAX_PENALTY = 100.0  # beyond any use; keeps logits finite
+MAX_TEMPERATURE = 100.0  # beyond any use, as the next; both keep numbers finite
+MAX_PENALTY = 100.0
 MIN_REPETITION_PENALTY = 0.01
+MAX_COUNT = 2**31 - 1  # int32 on the device
+MAX_SEED = 2**64 - 1
+MAX_BIAS = 1e30  # well within float32
 
 
 class FinishReason(StrEnum):
@@ -36,7 +40,7 @@ class FinishReason(StrEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """How the tokens of one request are drawn. Ranges are checked by the gateway, which knows the model.
+    """How the tokens of one request are drawn. `check_sampling` has the limits.
 
     temperature: 0 means greedy. top_k: 0 means off. top_p in (0, 1], 1 means off. min_p in [0, 1], 0 means off.
     seed: an unsigned 64-bit key; token i of a request is drawn from Philox(seed, i), so a resumed request
@@ -103,7 +107,18 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
 
 
 def _check_numbers(sampling: SamplingParams) -> None:
+    if sampling.max_tokens < 1:
+        raise InvalidSampling("max_tokens", f"is {sampling.max_tokens}, the least is 1")
+    if sampling.min_tokens > sampling.max_tokens:
+        raise InvalidSampling("min_tokens", f"is {sampling.min_tokens}, more than max_tokens {sampling.max_tokens}")
+    if not 0 < sampling.top_p <= 1:
+        raise InvalidSampling("top_p", f"is {sampling.top_p}, it must be above 0 and at most 1")
     for field, lowest, highest in (
+        ("temperature", 0.0, MAX_TEMPERATURE),
+        ("top_k", 0, MAX_COUNT),
+        ("min_p", 0.0, 1.0),
+        ("seed", 0, MAX_SEED),
+        ("min_tokens", 0, MAX_COUNT),
         ("frequency_penalty", -MAX_PENALTY, MAX_PENALTY),
         ("presence_penalty", -MAX_PENALTY, MAX_PENALTY),
         ("repetition_penalty", MIN_REPETITION_PENALTY, MAX_PENALTY),
@@ -114,8 +129,10 @@ def _check_numbers(sampling: SamplingParams) -> None:
         if value is not None and not lowest <= value <= highest:
             raise InvalidSampling(field, f"is {value}, the limits are {lowest} and {highest}")
     for token_id, bias in sampling.logit_bias:
-        if math.isnan(bias) or bias == math.inf:
-            raise InvalidSampling("logit_bias", f"of token id {token_id} is {bias}, it must be finite or -inf")
+        if not (abs(bias) <= MAX_BIAS or bias == -math.inf):
+            raise InvalidSampling(
+                "logit_bias", f"of token id {token_id} is {bias}, the limits are +-{MAX_BIAS} or -inf"
+            )
 
 
 def _check_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:

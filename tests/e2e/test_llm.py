@@ -86,8 +86,8 @@ def test_what_cannot_be_run_is_an_error_that_says_why(llm: LLM) -> None:
         (["x", []], {}, "the prompt is empty"),
         ([[1 << 20]], {}, "token id 1048576 is outside the vocabulary"),
         (["word " * 9000], {}, "prompt has 9001 tokens, the limit is"),
-        (["x"], {"temperature": -1.0}, "temperature is -1.0, it must be 0 or more"),
-        (["x"], {"top_p": 0.0}, "top_p is 0.0, it must be above 0, at most 1"),
+        (["x"], {"temperature": -1.0}, "temperature is -1.0, the limits are 0.0 and 100.0"),
+        (["x"], {"top_p": 0.0}, "top_p is 0.0, it must be above 0 and at most 1"),
         (["x"], {"max_tokens": 0}, "max_tokens is 0, the least is 1"),
         (["x"], {"repetition_penalty": -1.0}, "repetition_penalty"),
     ):

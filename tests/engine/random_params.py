@@ -12,7 +12,7 @@ def stop_ids(rng: np.random.Generator, vocab_size: int) -> tuple[int, ...]:
     return tuple(int(token_id) for token_id in rng.integers(0, vocab_size, rng.choice([0, 4])))
 
 
-def adjustments(rng: np.random.Generator, vocab_size: int) -> dict[str, Any]:
+def adjustments(rng: np.random.Generator, vocab_size: int, max_tokens: int) -> dict[str, Any]:
     """One or several fields of SamplingParams."""
     allowed = tuple(rng.permutation(vocab_size)[:40].tolist())
     choices: list[dict[str, Any]] = [
@@ -21,7 +21,7 @@ def adjustments(rng: np.random.Generator, vocab_size: int) -> dict[str, Any]:
         {"logit_bias": tuple((int(i), 3.0) for i in rng.permutation(vocab_size)[:9])},
         {"allowed_token_ids": allowed},
         {"bad_words_token_ids": tuple((a, b) for a in allowed[:20] for b in allowed[24:])},
-        {"min_tokens": 40, "stop_token_ids": stop_ids(rng, vocab_size)},
+        {"min_tokens": min(40, max_tokens), "stop_token_ids": stop_ids(rng, vocab_size)},
         {"logprobs": int(rng.integers(21))},
     ]
     picked = rng.permutation(len(choices))[: rng.integers(1, 4)]

@@ -59,12 +59,17 @@ def requests(tiny: Path) -> list[Expected]:
     engine = LLMEngine.from_checkpoint(tiny, kernels, EngineLimits(kv_cache_bytes=16 * BLOCK_BYTES))
     pairs: list[Expected] = []
     for i in range(30):
+        max_tokens = int(rng.integers(1, 90))
         sampling = SamplingParams(
-            max_tokens=int(rng.integers(1, 90)),
+            max_tokens=max_tokens,
             temperature=float(rng.choice([0.0, 0.8, 1.5])),
             top_p=float(rng.choice([0.9, 1.0])),
             seed=int(rng.integers(1 << 63)) * 2 + 1,
-            **({"stop_token_ids": stop_ids(rng, VOCAB_SIZE)} if i % 3 == 0 else adjustments(rng, VOCAB_SIZE)),
+            **(
+                {"stop_token_ids": stop_ids(rng, VOCAB_SIZE)}
+                if i % 3 == 0
+                else adjustments(rng, VOCAB_SIZE, max_tokens)
+            ),
         )
         prompt = rng.integers(0, VOCAB_SIZE, rng.integers(1, 150)).tolist()
         request = GenerationRequest(

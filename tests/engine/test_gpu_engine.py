@@ -237,11 +237,12 @@ def test_adjusted_tokens_and_their_logprobs_do_not_depend_on_the_batch(engine: L
     vocab_size = engine.config.vocab_size
     requests = []
     for i in range(48):
+        max_tokens = int(rng.integers(1, 100))
         sampling = SamplingParams(
-            max_tokens=int(rng.integers(1, 100)),
+            max_tokens=max_tokens,
             temperature=float(rng.choice([0.0, 0.8, 1.5])),
             seed=i,
-            **(adjustments(rng, vocab_size) if i % 3 else {}),
+            **(adjustments(rng, vocab_size, max_tokens) if i % 3 else {}),
         )
         prompt = ids[i : i + 3 + 2 * i]
         requests.append(
@@ -305,7 +306,7 @@ def test_no_step_allocates_device_memory(kernels: CUDAKernels, engine: LLMEngine
     free_bytes, _ = kernels.memory_info()
     for i in range(100):
         sampling = SamplingParams(
-            max_tokens=int(rng.integers(1, 60)), seed=i, min_tokens=i % 3, stop_token_ids=(1, 2, 3)
+            max_tokens=int(rng.integers(2, 60)), seed=i, min_tokens=i % 3, stop_token_ids=(1, 2, 3)
         )
         prompt = rng.integers(0, 49152, rng.integers(1, 3000)).tolist()
         request = GenerationRequest(request_id=str(i), prompt_token_ids=prompt, sampling=sampling, arrival_s=float(i))

@@ -53,11 +53,13 @@ def requests() -> list[GenerationRequest]:
     rng = np.random.default_rng(0)
     made = []
     for i in range(24):
-        params: dict[str, Any] = adjustments(rng, VOCAB_SIZE) if i % 3 == 0 else {}
+        max_tokens = int(rng.integers(1, 90))
+        params: dict[str, Any] = adjustments(rng, VOCAB_SIZE, max_tokens) if i % 3 == 0 else {}
         if i % 3 == 1:
-            params = {"logprobs": i % 5, "stop_token_ids": tuple(range(i, VOCAB_SIZE, 31)), "min_tokens": i}
+            stop_ids = tuple(range(i, VOCAB_SIZE, 31))
+            params = {"logprobs": i % 5, "stop_token_ids": stop_ids, "min_tokens": min(i, max_tokens)}
         sampling = SamplingParams(
-            max_tokens=int(rng.integers(1, 90)), temperature=float(rng.choice([0.0, 0.7, 1.3])), seed=i, **params
+            max_tokens=max_tokens, temperature=float(rng.choice([0.0, 0.7, 1.3])), seed=i, **params
         )
         part = rng.integers(0, VOCAB_SIZE, rng.integers(1, 50)).tolist()
         prompt = (part * 3)[: int(rng.integers(1, 140))]

@@ -37,18 +37,15 @@ def sampling_params(
     request: SamplingBody, model: ServedModel, num_prompt_tokens: int, wishes: Wishes
 ) -> SamplingParams:
     """Raises InvalidRequest, ContextLengthExceeded."""
-    max_tokens, min_tokens = _max_tokens(model, num_prompt_tokens, wishes), request.min_tokens or 0
-    if min_tokens > max_tokens:
-        raise InvalidRequest(f"min_tokens is {min_tokens}, more than max_tokens {max_tokens}", param="min_tokens")
     ends = frozenset[int]() if request.ignore_eos else model.eos_token_ids
     sampling = SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=_max_tokens(model, num_prompt_tokens, wishes),
         temperature=1.0 if request.temperature is None else request.temperature,
         top_k=max(request.top_k or 0, 0),  # -1 is the other spelling of "off"
         top_p=1.0 if request.top_p is None else request.top_p,
         min_p=request.min_p or 0.0,
         seed=secrets.randbits(_SEED_BITS) if request.seed is None else request.seed % 2**_SEED_BITS,
-        min_tokens=min_tokens,
+        min_tokens=request.min_tokens or 0,
         stop_token_ids=tuple(sorted(ends.union(request.stop_token_ids or ()))),
         frequency_penalty=request.frequency_penalty or 0.0,
         presence_penalty=request.presence_penalty or 0.0,

@@ -74,6 +74,7 @@ def test_body_that_is_not_a_request(running: RunningGateway, body: bytes) -> Non
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"top_k": -2}, "top_k"),
+        ({"top_k": 2**31}, "top_k"),
         ({"min_p": 1.5}, "min_p"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),

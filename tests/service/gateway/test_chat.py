@@ -76,6 +76,7 @@ def test_defaults(served_model: ServedModel) -> None:
         ("top_p", 0.25, "top_p", 0.25),
         ("top_k", 40, "top_k", 40),
         ("top_k", -1, "top_k", 0),
+        ("top_k", 2**31 - 1, "top_k", 2**31 - 1),
         ("min_p", 0.125, "min_p", 0.125),
         ("seed", 7, "seed", 7),
         ("seed", -1, "seed", 2**64 - 1),

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nibble.engine.protocol import MAX_COUNT, MAX_PENALTY, MIN_REPETITION_PENALTY
 from nibble.engine.protocol import MAX_LOGPROBS as ENGINE_MAX_LOGPROBS
-from nibble.engine.protocol import MAX_PENALTY, MIN_REPETITION_PENALTY
 
 # OpenAI's own range is that of a signed 64-bit integer; the engine's key is unsigned, so both are taken.
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
@@ -61,7 +61,7 @@ class SamplingBody(Body):
     # how tokens are drawn
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_COUNT)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=MIN_SEED, le=MAX_SEED)] | None = None
     frequency_penalty: Penalty | None = None
