@@ -168,7 +168,7 @@ class LLMEngine:
     @property
     def capacity(self) -> int:
         """How many more requests it can start now. 0 while others wait for blocks: somebody else may be free."""
-        if self.scheduler.waiting or self.scheduler.block_manager.num_free == 0:
+        if any(self.scheduler.ready) or self.scheduler.block_manager.num_free == 0:
             return 0
         return self.scheduler.max_num_sequences - len(self._sequences)
 

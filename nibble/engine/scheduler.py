@@ -16,7 +16,9 @@ one reads it or its new owner writes it.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterator
 from heapq import merge
+from itertools import islice
 from operator import attrgetter
 
 from nibble.engine.batch import MAX_VERIFIED_TOKENS, Batch, Chunk
@@ -55,6 +57,11 @@ class Scheduler:
         self._has_prefix_cache = has_prefix_cache
         self._order = order
         self._last = Batch(prefill=[], decode=[])
+
+    @property
+    def ready(self) -> Iterator[Sequence]:
+        """Those that wait for room alone, by rank. The others are held: their grammar is being compiled."""
+        return (sequence for sequence in self.waiting if not sequence.is_held)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -115,14 +122,12 @@ class Scheduler:
         """What is left of the budget, by rank: to sequences that lack more, and to new ones while their blocks fit."""
         budget = self.max_num_batched_tokens - batch.num_tokens
         is_rest = len(batch.decode) < len(self.running)
-        begun = [sequence for sequence in self.running if not sequence.is_decoding] if is_rest else []
+        begun = [s for s in self.running if not s.is_decoding and not s.is_held] if is_rest else []
         room = self.max_num_sequences - len(self.running)
         is_full = False
-        for sequence in merge(begun, self.waiting[:room], key=_by_rank):
+        for sequence in merge(begun, list(islice(self.ready, room)), key=_by_rank):
             if budget == 0:
                 break
-            if sequence.is_held:
-                continue
             if not sequence.block_table:
                 if is_full or self._waits_for_prefix(sequence):
                     continue
@@ -176,10 +181,10 @@ class Scheduler:
 
     def _preempt_for_urgent(self) -> None:
         """Let the first waiting sequence have the blocks of running ones of a lower priority, if that is enough."""
-        if not self.waiting or not self.running:
+        urgent = next(self.ready, None)
+        if urgent is None or not self.running or self.running[-1].rank < urgent.rank:
             return
-        urgent = self.waiting[0]
-        if urgent.is_held or self.running[-1].rank < urgent.rank or self._waits_for_prefix(urgent):
+        if self._waits_for_prefix(urgent):
             return
         lesser = [s for s in self.running if s.rank > urgent.rank and s.request.priority > urgent.request.priority]
         num_blocks = sum(len(sequence.block_table) for sequence in lesser)
