@@ -33,6 +33,9 @@ MAX_BYTES = {
 # Between the tokens of JSON: what a writer of compact or of indented JSON puts there. Without a bound a weak model can
 # write blanks until it runs out of tokens.
 WHITESPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,64}"
+# Ways to read a text, in Earley items. Where a client's grammar is ambiguous they become more with each token, and the
+# time that a token takes grows with more than their square: an engine waits for that. Schemas can have many at no cost.
+MAX_LARK_ROW_ITEMS, MAX_LARK_STEP_ITEMS = 500, 10_000
 NUM_PROBED_TOKENS = 3
 NUM_CACHED = 64  # matchers; one takes some 100 KiB
 _MAX_MESSAGE_CHARS = 400
@@ -51,7 +54,6 @@ class GrammarCompiler:
         self.vocab_size = vocab_size
         self._tokenizer_file = tokenizer_file
         self._eos_token_ids = sorted(eos_token_ids)
-        self._limits = LLParserLimits(verbose_errors=False)
         self._tokenizer: LLTokenizer | None = None
         self._tokenizer_lock = Lock()
         self._matchers: OrderedDict[GrammarSpec, LLMatcher] = OrderedDict()  # unused ones
@@ -105,8 +107,15 @@ class GrammarCompiler:
             raise GrammarError(_message(matcher))
 
     def _compile(self, spec: GrammarSpec) -> LLMatcher:
-        grammar = json.dumps({"grammars": _grammars(spec)})
-        matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=self._limits)
+        grammars = _grammars(spec)
+        parts = grammars[1:] or grammars  # the first of several puts the others together, and is no client's
+        has_lark = any("lark_grammar" in part for part in parts)
+        limits = LLParserLimits(
+            max_items_in_row=MAX_LARK_ROW_ITEMS if has_lark else None,
+            step_max_items=MAX_LARK_STEP_ITEMS if has_lark else None,
+            verbose_errors=False,
+        )
+        matcher = LLMatcher(self.tokenizer, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
         if matcher.is_error():
             raise GrammarError(_message(matcher))
         if warnings := matcher.get_grammar_warnings():
