@@ -227,6 +227,17 @@ def test_a_request_that_can_never_run_is_refused(make_engine: MakeEngine, bad: G
     assert list(run(engine)) == ["good"]
 
 
+def test_the_longest_prompt_gets_the_one_token_that_there_is_room_for(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.add(request("running", num_prompt_tokens=200, max_tokens=90, seed=1))
+    engine.step()
+    engine.add(request("longest", num_prompt_tokens=2047, max_tokens=1000, seed=2, arrival_s=1.0))
+    events = run(engine)
+    assert tokens_of(events["longest"]) == expected(2, 0, 1)
+    assert events["longest"][-1].finish_reason is FinishReason.LENGTH
+    assert events["running"][-1].token_ids == expected(1, 89, 90)
+
+
 def test_a_token_id_outside_the_vocabulary_is_refused(make_engine: MakeEngine) -> None:
     good = request("x")
     bad = GenerationRequest(
