@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nibble.engine.protocol import GrammarKind, GrammarSpec
+from nibble.grammar.compiler import WHITESPACE
 from nibble.service.gateway.answer_parser import AnswerFormat
 from nibble.service.gateway.structured_output import GrammarChecker
 from nibble.service.gateway.tool_choice import OfferedTool, ToolUse
@@ -85,7 +86,7 @@ class _Writer:
         names = [f"call{i}" for i in range(len(schemas))]
         for name, tool, schema in zip(names, use.tools, schemas, strict=True):
             self._rules.append(f"{name}: {self._call(name, tool.name, schema, style)}")
-        self._rules.append(f"call: {' | '.join(names)}")
+        self._rules += [f"call: {' | '.join(names)}", "ws: WS?", f"WS: /{WHITESPACE}/"]
         # An answer that begins with a call has no marker: what is a beginning needs none.
         marker = self._marker(style.marker) if style.marker and not style.begins_text else ""
         opening = self._text_until("TEXT", style.marker) if has_text_before else marker
@@ -96,18 +97,13 @@ class _Writer:
 
     def _call(self, part: str, name: str, schema: Mapping[str, Any], style: ToolStyle) -> str:
         """What follows the marker."""
+        self._parts[part] = GrammarKind.JSON_SCHEMA, json.dumps(schema)
         if style.is_named:
-            self._parts[part] = GrammarKind.JSON_SCHEMA, json.dumps(schema)
             return f"{json.dumps(name)} {self._marker(ARGUMENTS_MARKER)} @{part}"
-        arguments = style.arguments_key
-        call = {
-            "type": "object",
-            "properties": {"name": {"const": name}, arguments: _moved(schema, f"#/properties/{arguments}")},
-            "required": ["name", arguments],
-            "additionalProperties": False,
-        }
-        self._parts[part] = GrammarKind.JSON_SCHEMA, json.dumps(call)
-        return f'"\\n" @{part} "\\n" {self._marker(style.end)}' if style.end else f"@{part}"
+        # The schema stays a grammar of its own: inside of another one its references would lead elsewhere.
+        head = ("{", '"name"', ":", json.dumps(name), ",", f'"{style.arguments_key}"', ":")
+        call = " ws ".join([*map(json.dumps, head), f"@{part}", json.dumps("}")])
+        return f'"\\n" {call} "\\n" {self._marker(style.end)}' if style.end else call
 
     def _marker(self, text: str) -> str:
         token_id = self._special_tokens.get(text)
@@ -135,17 +131,3 @@ def _without(text: str) -> str:
 
 def _escaped(text: str) -> str:
     return re.escape(text).replace("/", r"\/")
-
-
-def _moved(schema: Any, place: str) -> Any:
-    """A schema that stands at a place inside of another one: its references are to what is below there."""
-    if isinstance(schema, list):
-        return [_moved(item, place) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    return {
-        key: f"{place}{value[1:]}"
-        if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/"))
-        else _moved(value, place)
-        for key, value in schema.items()
-    }

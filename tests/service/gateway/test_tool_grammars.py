@@ -75,6 +75,47 @@ def walks(
 
 @pytest.mark.parametrize("name", ["generic", *ALL])
 @pytest.mark.parametrize(
+    ("schema", "arguments"),
+    [
+        (
+            {
+                "$id": "https://example.com/city.json",
+                "properties": {"city": {"$ref": "#/$defs/city"}},
+                "required": ["city"],
+                "$defs": {"city": {"enum": ["Rome"]}},
+            },
+            '{"city":"Rome"}',
+        ),
+        ({"properties": {"a": {"const": {"$ref": "#/b"}}}, "required": ["a"]}, '{"a":{"$ref":"#/b"}}'),
+        ({"properties": {"a": {"$ref": "#"}}, "additionalProperties": False}, '{"a":{"a":{}}}'),
+    ],
+)
+def test_references_of_a_schema_lead_where_they_did(
+    tool_model: ServedModel, tmp_path: Path, name: str, schema: dict[str, Any], arguments: str
+) -> None:
+    model = with_template(tool_model, ALL[name]) if name in ALL else tool_model
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", **schema}}}
+    made = plan(model, tools=[tool], tool_choice="required")
+    spec, style = made.requests[0].grammar, made.format and made.format.style
+    assert spec is not None
+    assert style is not None
+    call = f'{{"name":"f","{style.arguments_key}":%s}}'
+    call = {
+        "hermes": f"<tool_call>\n{call}\n</tool_call>",
+        "mistral": "[TOOL_CALLS]f[ARGS]%s" if style.is_named else f"[TOOL_CALLS][{call}]",
+    }.get(style.name, call)
+    thought = "" if not made.format.has_reasoning else "Hm.</think>" if made.format.is_thinking else "<think></think>"
+    path = tmp_path / "tokenizer.json"
+    model.tokenizer.save(str(path))
+    compiler = GrammarCompiler(path, model.vocab_size, model.eos_token_ids)
+    for text, is_taken in ((arguments, True), ('{"a":1,"city":""}', False)):
+        token_ids = model.encode(thought + call % text)
+        matcher = compiler.matcher(spec)
+        assert (matcher.try_consume_tokens(token_ids) == len(token_ids)) == is_taken
+
+
+@pytest.mark.parametrize("name", ["generic", *ALL])
+@pytest.mark.parametrize(
     "fields",
     [
         {"tool_choice": "required"},
