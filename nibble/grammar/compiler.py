@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -36,9 +38,27 @@ WHITESPACE = r"[ \t]{1,2}|\r?\n[ \t]{0,64}"
 # Ways to read a text, in Earley items. Where a client's grammar is ambiguous they become more with each token, and the
 # time that a token takes grows with more than their square: an engine waits for that. Schemas can have many at no cost.
 MAX_LARK_ROW_ITEMS, MAX_LARK_STEP_ITEMS = 500, 10_000
+# What may follow a backslash. Without `u`: llguidance keeps the names of additional properties apart from those that a
+# schema has by their spelling, and "\u0061" is another one of "a".
+ESCAPES = 'nrbtf\\"'
+_JSON_OPTIONS = {
+    "lenient": False,
+    "coerce_one_of": False,
+    "whitespace_pattern": WHITESPACE,
+    "json_allowed_escapes": ESCAPES,
+}
+_ROOT_ID = "schema:root"
+_SEARCH_S = 0.5  # that is spent on finding where a schema is at fault; a part takes a millisecond or more
 NUM_PROBED_TOKENS = 3
 NUM_CACHED = 64  # matchers; one takes some 100 KiB
 _MAX_MESSAGE_CHARS = 400
+# How messages of llguidance begin that do not name the keyword, and that keyword.
+_NAMELESS = {
+    "oneOf constraints": "oneOf",
+    "regex parse error": "pattern",
+    "invalid multiple of": "multipleOf",
+    "patternProperty regexes": "patternProperties",
+}
 _TEMPERATURE = re.compile(r"\[[^\]\n]*\btemperature\s*=")
 
 
@@ -107,7 +127,15 @@ class GrammarCompiler:
             raise GrammarError(_message(matcher))
 
     def _compile(self, spec: GrammarSpec) -> LLMatcher:
-        grammars = _grammars(spec)
+        matcher = self._matcher(_grammars(spec))
+        if matcher.is_error():
+            place = self._place(spec, matcher) if spec.kind is GrammarKind.JSON_SCHEMA else ""
+            raise GrammarError(_message(matcher) + place)
+        if warnings := matcher.get_grammar_warnings():
+            raise GrammarError(_short("; ".join(warnings)))
+        return matcher
+
+    def _matcher(self, grammars: list[dict[str, Any]]) -> LLMatcher:
         parts = grammars[1:] or grammars  # the first of several puts the others together, and is no client's
         has_lark = any("lark_grammar" in part for part in parts)
         limits = LLParserLimits(
@@ -115,12 +143,23 @@ class GrammarCompiler:
             step_max_items=MAX_LARK_STEP_ITEMS if has_lark else None,
             verbose_errors=False,
         )
-        matcher = LLMatcher(self.tokenizer, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
-        if matcher.is_error():
-            raise GrammarError(_message(matcher))
-        if warnings := matcher.get_grammar_warnings():
-            raise GrammarError(_short("; ".join(warnings)))
-        return matcher
+        return LLMatcher(self.tokenizer, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
+
+    def _place(self, spec: GrammarSpec, refused: LLMatcher) -> str:
+        """Where a schema is at fault: the innermost part that is refused by itself for the same reason."""
+        schema = _read_json(spec.text)
+        if not isinstance(schema, dict):
+            return ""
+        places, until_s = prepare_schema(schema), time.monotonic() + _SEARCH_S
+        root = {"$id": _ROOT_ID, **schema}
+        for place in reversed(places):
+            if time.monotonic() > until_s:
+                break
+            part = {"$ref": f"{root['$id']}{quote(place, safe='#/~')}", "$defs": {"root": root}}
+            matcher = self._matcher([{"json_schema": {**part, "x-guidance": _JSON_OPTIONS}}])
+            if matcher.is_error() and _reason(matcher) == _reason(refused):
+                return f" (at {place})"
+        return ""
 
 
 def _grammars(spec: GrammarSpec) -> list[dict[str, Any]]:
@@ -163,8 +202,7 @@ def _json_grammar(schema: Any) -> dict[str, Any]:
         raise GrammarError(f"a schema is an object or a boolean, got {type(schema).__name__}")
     prepare_schema(schema)
     if isinstance(schema, dict):
-        options = {"lenient": False, "coerce_one_of": False, "whitespace_pattern": WHITESPACE}
-        schema = {**schema, "x-guidance": options}
+        schema = {**schema, "x-guidance": _JSON_OPTIONS}
     return {"json_schema": schema}
 
 
@@ -185,8 +223,18 @@ def _read_json(text: str) -> Any:
 
 
 def _message(matcher: LLMatcher) -> str:
-    message = matcher.get_error().partition("\n<")[0]  # what follows are states of the parser
-    return "no text fits it" if message.startswith("NoExtension") else _short(message)
+    message = _reason(matcher)
+    if message.startswith("NoExtension"):
+        return "no text fits it"
+    for beginning, keyword in _NAMELESS.items():
+        if message.startswith(beginning):
+            return _short(f"{keyword}: {message.partition('. Enable')[0]}")
+    return _short(message)
+
+
+def _reason(matcher: LLMatcher) -> str:
+    """Without what follows: states of the parser, and references that led there."""
+    return matcher.get_error().partition("\n<")[0].partition("\n  while processing")[0]
 
 
 def _short(message: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -119,6 +120,11 @@ BENCH: dict[str, Schema] = {
         "minItems": 2,
         "definitions": {"flag": {"type": "boolean"}},
     },
+    "references by names that are no URI": {
+        "type": "array",
+        "items": {"$ref": "#/$defs/Größe[int]"},
+        "$defs": {"Größe[int]": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/a~1b"}]}, "a/b": {"const": "x"}},
+    },
     "annotations": {"title": "T", "description": "D", "default": 1, "examples": [1], "type": "integer", "x-order": 1},
 }
 
@@ -155,11 +161,25 @@ def test_every_text_fits_its_schema(compiler: GrammarCompiler, name: str) -> Non
         ({"const": -(2**63)}, "beyond 2^53"),  # llguidance's stack overflows
         ({"type": "integer", "maximum": 2**63 - 1}, "9223372036854775807 at #/maximum cannot be enforced"),
         ({"type": "string", "pattern": "a" * 8193}, "a pattern at # has 8193 characters, the limit is 8192"),
+        ({"const": ["a\x01"]}, "the character U+0001 at #/const cannot be enforced"),
+        ({"enum": [{"k": "\x7f"}]}, "the character U+007F at #/enum cannot be enforced"),
+        ({"items": {"type": "string", "pattern": "^\\x00"}}, "a control character in a pattern at #/items"),
+        ({"type": "string", "pattern": "[\\u0001]|\\a"}, "a control character in a pattern at #"),
         ({"type": "string", "pattern": "^(a"}, "unclosed group"),
-        ({"type": "string", "pattern": "(?=a)b"}, "look-ahead"),
+        ({"properties": {"a/b": {"type": "string", "pattern": "(?=a)b"}}}, "pattern: regex parse error"),
         ({"type": "string", "pattern": "(a)\\1"}, "backreferences are not supported"),
-        ({"type": "string", "format": "zip"}, "Unknown format: zip"),
-        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf constraints are not supported"),
+        ({"allOf": [{"properties": {"a/b": {"format": "zip"}}}]}, "Unknown format: zip (at #/allOf/0/properties/a~1b)"),
+        ({"$ref": "#/$defs/é", "$defs": {"é": {"format": "zip"}}}, "Unknown format: zip (at #/$defs/é)"),
+        ({"$id": "http://a/b", "items": {"format": "zip"}}, "Unknown format: zip (at #/items)"),
+        (
+            {"items": {"oneOf": [{"type": "integer"}, {"type": "number"}]}},
+            "oneOf constraints are not supported (at #/items)",
+        ),
+        ({"$ref": "b#/x", "$defs": {"a": {"$id": "b", "$defs": {"c": {"not": {}}}}}}, "not at #/$defs/a/$defs/c"),
+        (
+            {"properties": {"a": {"$id": "b", "$ref": "#/$defs/c", "$defs": {"c": {"contentEncoding": "x"}}}}},
+            "contentEncoding at #/properties/a/$defs/c cannot be enforced",
+        ),
         ({"$ref": "http://example.com/schema.json"}, "http://example.com/schema.json"),
         ({"$ref": "#/$defs/missing"}, "missing"),
         ({"type": "text"}, "Invalid type: text"),
@@ -208,6 +228,61 @@ def test_a_value_that_only_looks_like_one_that_forbids_nothing_is_refused(compil
     for schema in ({"type": "array", "uniqueItems": 0}, {"type": "object", "propertyNames": {}}):
         with pytest.raises(GrammarError, match="cannot be enforced"):
             compiler.check(spec_of(schema))
+
+
+def accepts(compiler: GrammarCompiler, schema: Schema, text: str) -> bool:
+    matcher = compiler.matcher(spec_of(schema))
+    token_ids = compiler.tokenizer.tokenize_bytes(text.encode())
+    return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+
+
+def test_the_name_of_a_property_cannot_be_written_in_another_way(compiler: GrammarCompiler) -> None:
+    """Or it would be taken for that of an additional one, whose value can be anything."""
+    own = {"properties": {"a": {"type": "integer"}, "\n": {"type": "integer"}}}
+    patterns = {"patternProperties": {"^🐲$": {"type": "integer"}}}
+    for schema, text in ((own, '{"%s":"x"}'), (patterns, '{"%s":"x"}')):
+        assert accepts(compiler, schema, text % "b")
+        assert accepts(compiler, schema, text % "\\\\\\t")
+        for name in ("a", "\\u0061", "\\n", "\\u000a") if schema is own else ("🐲", "\\ud83d\\udc32"):
+            assert not accepts(compiler, schema, text % name), name
+
+
+@pytest.mark.parametrize(
+    ("pattern", "texts"),
+    [
+        ("^[\\x00-\\x7f]x$", ["ax", "\nx"]),
+        ("^[^\\x00]x$", ["éx"]),
+        ("^\\\\x00$", ["\\x00"]),
+        ("^\\n\\t$", ["\n\t"]),
+    ],
+)
+def test_classes_with_control_characters_are_patterns_as_others(
+    compiler: GrammarCompiler, pattern: str, texts: list[str]
+) -> None:
+    schema = {"type": "string", "pattern": pattern}
+    compiler.check(spec_of(schema))
+    for text in texts:
+        assert accepts(compiler, schema, json.dumps(text, ensure_ascii=False))
+    assert not accepts(compiler, schema, '"x"')
+
+
+@given(st.dates(), st.sampled_from(["02-29", "02-30", "04-31", "12-31", "00-10", "13-01"]))
+def test_dates_are_those_of_the_calendar(compiler: GrammarCompiler, day: datetime.date, other: str) -> None:
+    for text in (day.isoformat(), f"{day.year:04}-{other}", f"0000-{other}"):
+        try:
+            is_date = bool(datetime.date.fromisoformat(text))
+        except ValueError:
+            is_date = False
+        for name, rest in (("date", ""), ("date-time", "T23:59:59.5+05:30")):
+            schema = {"type": "string", "format": name, "allOf": [{"minLength": 1}]}
+            assert accepts(compiler, schema, f'"{text}{rest}"') == is_date, text
+
+
+def test_minutes_have_60_seconds(compiler: GrammarCompiler) -> None:
+    for name, day in (("time", ""), ("date-time", "2024-02-29T")):
+        assert accepts(compiler, {"format": name}, f'"{day}23:59:59Z"')
+        assert not accepts(compiler, {"format": name}, f'"{day}23:59:60Z"')
+        assert accepts(compiler, {"format": name}, "1")  # a format is one of strings alone
 
 
 def chain(num_levels: int, wrap: str = "items") -> Schema:
