@@ -15,6 +15,8 @@ from nibble.service.gateway.tool_prompt import without_tool_roles
 
 _NO_REASONING = {"enable_thinking": False, "thinking": False}  # names of one thing in templates of different models
 
+_SEEN_AS = {"reasoning_content": "reasoning_content", "reasoning": "reasoning_content"}  # by templates
+
 
 class ChatPrompt:
     """The messages of one request, checked. Raises InvalidRequest."""
@@ -41,10 +43,17 @@ class ChatPrompt:
     @property
     def ignored_fields(self) -> tuple[str, ...]:
         """Those that this template makes nothing of."""
-        effort = self._request.reasoning_effort
+        effort, mentions = self._request.reasoning_effort, self._template.mentions
         names = ["reasoning_effort", *(_NO_REASONING if effort == "none" else ())]
-        is_ignored = effort is not None and not any(self._template.mentions(name) for name in names)
-        return ("reasoning_effort",) if is_ignored else ()
+        is_ignored = effort is not None and not any(mentions(name) for name in names)
+        given = self._request.chat_template_kwargs or {}
+        variables = [name for name, value in given.items() if value is not None and not mentions(name)]
+        of_messages = {name: None for message in self._request.messages for name in _set_fields(message)}
+        return (
+            *(["reasoning_effort"] if is_ignored else []),
+            *(f"chat_template_kwargs.{name}" for name in variables),
+            *(f"messages.{name}" for name in of_messages if not mentions(_SEEN_AS.get(name, name))),
+        )
 
     @property
     def continued(self) -> str:
@@ -89,10 +98,17 @@ def _variables(request: ChatCompletionRequest) -> dict[str, Any]:
     return {**own, **(_NO_REASONING if effort == "none" else {}), **given}
 
 
+def _set_fields(message: Message) -> list[str]:
+    """Of a message, those that a template may do without."""
+    values = {name: getattr(message, name) for name in ("name", *_SEEN_AS)} | (message.model_extra or {})
+    return [name for name, value in values.items() if value]
+
+
 def _num_chars(message: Message) -> int:
-    texts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content or ()]
+    content = message.content or ()
+    texts = [content] if isinstance(content, str) else [text for part in content for text in (part.text, part.refusal)]
     arguments = [call.function.arguments for call in message.tool_calls or ()]
-    return sum(len(text) for text in [*texts, *arguments, message.reasoning_content] if text)
+    return sum(len(text) for text in [*texts, *arguments, message.refusal, message.reasoning_content] if text)
 
 
 def _template_message(message: Message, path: str, template: ChatTemplate, names: Mapping[str, str]) -> dict[str, Any]:
@@ -122,18 +138,20 @@ def _text_content(message: Message, path: str) -> str:
     """Text parts are joined with a line break, as other servers do for templates that take text alone."""
     if message.content is None:
         if message.role == "assistant" and (message.tool_calls or message.refusal):
-            return ""
+            return message.refusal or ""
         raise InvalidRequest(f"{path}.content: field required for role {message.role}", param=f"{path}.content")
     if isinstance(message.content, str):
         return message.content
     texts = []
     for i, part in enumerate(message.content):
         where = f"{path}.content[{i}]"
-        if part.type != "text":
+        is_refusal = part.type == "refusal" and message.role == "assistant"
+        if part.type != "text" and not is_refusal:
             raise InvalidRequest(f"{where}: content of type {shown(part.type)} is not supported yet", param=where)
-        if part.text is None:
-            raise InvalidRequest(f"{where}.text: field required", param=f"{where}.text")
-        texts.append(part.text)
+        text = part.refusal if is_refusal else part.text
+        if text is None:
+            raise InvalidRequest(f"{where}.{part.type}: field required", param=f"{where}.{part.type}")
+        texts.append(text)
     return "\n".join(texts)
 
 

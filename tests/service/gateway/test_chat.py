@@ -227,10 +227,36 @@ def test_reported_fields(served_model: ServedModel) -> None:
         store=True,
         best_of=3,
         nothing=None,
+        chat_template_kwargs={"enable_thinking": False, "nothing": None},
+        messages=[
+            {"role": "user", "content": "x", "name": "ann", "weight": 0, "colour": "red", "copy": None},
+            {"role": "assistant", "content": "y", "reasoning": "z", "annotations": [], "audio": None},
+        ],
     )
-    ignored = {"reasoning_effort", "metadata", "store", "best_of"}
-    assert set(made.ignored) == ignored | {"stream_options.include_obfuscation"}
+    ignored = {"reasoning_effort", "metadata", "store", "best_of", "stream_options.include_obfuscation"}
+    of_messages = {"messages.name", "messages.colour", "messages.reasoning"}
+    assert set(made.ignored) == ignored | of_messages | {"chat_template_kwargs.enable_thinking"}
     assert made.include_usage
+    knowing = "{{ enable_thinking }}{{ messages[0].name }}{{ messages[0].colour }}{{ messages[1].reasoning_content }}"
+    model = dataclasses.replace(served_model, chat_template=ChatTemplate(knowing, {}))
+    messages = [{"role": "user", "content": "x", "name": "ann", "colour": "red"}, {"role": "assistant", "content": "y"}]
+    assert plan(model, messages=messages, chat_template_kwargs={"enable_thinking": False}).ignored == ()
+
+
+def test_refusals_are_what_the_assistant_said(served_model: ServedModel) -> None:
+    for said in (
+        {"content": None, "refusal": "I won't."},
+        {"content": [{"type": "refusal", "refusal": "I won't."}]},
+        {"content": [{"type": "text", "text": "I"}, {"type": "refusal", "refusal": "won't."}]},
+    ):
+        messages = [*MESSAGES, {"role": "assistant", **said}, {"role": "user", "content": "Why?"}]
+        text = prompt(served_model, messages=messages)
+        assert "assistant\nI won't.<|im_end|>" in text.replace("I\nwon't", "I won't")
+    part = [{"type": "refusal", "refusal": "no"}]
+    assert refusal(served_model, messages=[{"role": "user", "content": part}]).param == "messages[0].content[0]"
+    part = [{"type": "refusal"}]
+    error = refusal(served_model, messages=[*MESSAGES, {"role": "assistant", "content": part}])
+    assert error.param == f"messages[{len(MESSAGES)}].content[0].refusal"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ MAX_TOOLS = 128
 class ContentPart(Body):
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class FunctionCall(Body):
