@@ -21,6 +21,7 @@ from nibble.service.gateway.app import create_app, create_gateway
 from nibble.service.gateway.detokenizer import UnsupportedDecoder
 from nibble.service.gateway.errors import Unavailable
 from nibble.service.gateway.gateway import Gateway
+from nibble.service.gateway.http_protocol import GatewayProtocol
 from nibble.service.gateway.served_model import ModelFilesError
 from nibble.service.gateway.settings import GatewaySettings
 from nibble.service.settings import SettingsError
@@ -71,7 +72,7 @@ def main() -> int:
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=GatewayProtocol,
         ws="none",
         log_config=None,
         access_log=False,

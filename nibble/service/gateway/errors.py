@@ -6,6 +6,7 @@
     ├── InvalidApiKey             401
     ├── NotFound                  404  unknown model (model_not_found), request id or URL
     ├── MethodNotAllowed          405
+    ├── BodyTooSlow               408
     ├── BodyTooLarge              413
     ├── IdempotencyConflict       422  an Idempotency-Key was used before, for something else
     ├── Overloaded                429  the queue is full, or a key's limit is reached; with Retry-After
@@ -87,6 +88,16 @@ class MethodNotAllowed(ApiError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class BodyTooSlow(ApiError):
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers = {"connection": "close"}  # the rest of the body may still come
 
 
 class BodyTooLarge(ApiError):

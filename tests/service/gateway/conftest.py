@@ -31,6 +31,7 @@ from nibble.service.broker.embedded import EmbeddedValkey
 from nibble.service.gateway.__main__ import GatewayServer
 from nibble.service.gateway.app import create_app, create_gateway
 from nibble.service.gateway.gateway import Gateway
+from nibble.service.gateway.http_protocol import GatewayProtocol
 from nibble.service.gateway.served_model import ServedModel, load_served_model
 from nibble.service.gateway.settings import GatewaySettings
 
@@ -161,7 +162,7 @@ def echo(model: ServedModel) -> Callable[[GenerationRequest], list[int]]:
 def _serving(gateway: Gateway) -> Iterator[str]:
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        create_app(gateway), loop="uvloop", http="httptools", ws="none", log_config=None, access_log=False
+        create_app(gateway), loop="uvloop", http=GatewayProtocol, ws="none", log_config=None, access_log=False
     )
     server = GatewayServer(config, gateway)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any, cast
 
 import orjson
 from fastapi import Request
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from nibble.service.gateway.errors import BodyTooLarge
+from nibble.service.gateway.errors import BodyTooLarge, BodyTooSlow, Cancelled, InvalidRequest, shown
 from nibble.service.gateway.gateway import Gateway
 
+PART_S = 30.0  # between two parts of a body
 SCHEMA_REF = "#/components/schemas/{model}"
 
 
@@ -22,15 +25,30 @@ def gateway_of(request: Request) -> Gateway:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Raises BodyTooLarge as soon as the limit is passed, before reading when the client says the length."""
+    """Raises BodyTooLarge as soon as the limit is passed, before reading when the client says the length; BodyTooSlow,
+    Cancelled where the client leaves, InvalidRequest for an encoding."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        message = f"content-encoding: bodies are taken as they are (got {shown(encoding)})"
+        raise InvalidRequest(message, param="content-encoding")
     length = request.headers.get("content-length", "0")
     if length.isdigit() and int(length) > max_bytes:
         raise _too_large(f"{length} bytes", max_bytes)
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise _too_large(f"more than {max_bytes} bytes", max_bytes)
+    parts = request.stream()
+    try:
+        while True:
+            async with asyncio.timeout(PART_S):
+                part = await anext(parts, b"")
+            if not part:
+                break
+            body += part
+            if len(body) > max_bytes:
+                raise _too_large(f"more than {max_bytes} bytes", max_bytes)
+    except TimeoutError:
+        raise BodyTooSlow(f"nothing of the body came for {PART_S:g} s") from None
+    except ClientDisconnect:
+        raise Cancelled("the client closed the connection", code="client_disconnected") from None
     return bytes(body)
 
 
