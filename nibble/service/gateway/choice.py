@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from nibble.engine.protocol import FinishReason, RequestMetrics, TokenEvent
 from nibble.service.gateway.answer_parser import AnswerParser
 from nibble.service.gateway.detokenizer import Detokenizer
@@ -31,6 +33,7 @@ class Choice:
         "_min_tokens",
         "_num_decoded",
         "_num_sent",
+        "_only_prompt",
         "_pending",
         "_prompt",
         "_scanner",
@@ -60,7 +63,8 @@ class Choice:
         self._stop_token_ids = frozenset(plan.requests[0].sampling.stop_token_ids)
         self._pending: list[int] = []  # the newest token if it may be a stop token whose finish reason is still to come
         self._shows_stop = plan.include_stop
-        self.is_plain = not (self._prompt or self._logprobs or self._scanner or self.parser)
+        self._only_prompt = plan.only_prompt
+        self.is_plain = not (self._prompt or self._logprobs or self._scanner or self.parser or self._only_prompt)
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -71,6 +75,8 @@ class Choice:
         """Return the text that became certain. Nothing is pushed once finish_reason is set. Raises ServerFault."""
         if event.metrics is not None:
             self.metrics = event.metrics
+        if self._only_prompt:
+            event = _without_tokens(event)
         token_ids = event.token_ids
         if (
             self.is_plain
@@ -191,3 +197,8 @@ class Choice:
                 self.finish_reason = FinishReason.STOP
         self._parse_end(text)
         return text
+
+
+def _without_tokens(event: TokenEvent) -> TokenEvent:
+    reason = FinishReason.LENGTH if event.finish_reason is FinishReason.STOP else event.finish_reason
+    return msgspec.structs.replace(event, token_ids=[], logprobs=None, finish_reason=reason)

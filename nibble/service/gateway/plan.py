@@ -65,6 +65,7 @@ class Plan:
     format: AnswerFormat | None = None  # how a text is taken apart; None: all of it is content
     continues_prompt: bool = False  # the text goes on where the prompt ends, in the middle of a sentence
     tenant: str = ""  # the name of the API key
+    only_prompt: bool = False  # what is generated is no part of the answer
 
     @property
     def shown_tokens(self) -> frozenset[str]:
@@ -125,6 +126,7 @@ def make_plan(
         echoes=wishes.echoes,
         format=wishes.format,
         continues_prompt=wishes.continues_prompt,
+        only_prompt=wishes.only_prompt,
         tenant=client.tenant,
     )
 

@@ -29,6 +29,7 @@ class Wishes:
     prompt_field: str  # for errors
     echoes: bool = False
     continues_prompt: bool = False
+    only_prompt: bool = False
     grammar: GrammarSpec | None = None
     format: AnswerFormat | None = None
 

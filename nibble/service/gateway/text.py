@@ -28,8 +28,9 @@ async def to_text_plan(request: CompletionRequest, model: ServedModel, client: C
     if len(prompts) * num_choices > MAX_CHOICES:
         message = f"{len(prompts)} prompts with {num_choices} choices each, the limit is {MAX_CHOICES} choices"
         raise InvalidRequest(message, param="n")
+    only_prompt = request.max_tokens == 0  # an engine has to draw one token, which nobody is told of
     wishes = Wishes(
-        max_tokens=request.max_tokens,
+        max_tokens=1 if only_prompt else request.max_tokens,
         default_max_tokens=_DEFAULT_MAX_TOKENS,
         num_logprobs=request.logprobs,
         ignored=ignored_fields(request),
@@ -37,6 +38,7 @@ async def to_text_plan(request: CompletionRequest, model: ServedModel, client: C
         prompt_field="prompt",
         echoes=bool(request.echo),
         continues_prompt=True,
+        only_prompt=only_prompt,
         grammar=await model.grammars.grammar_of(request),
     )
     return make_plan(request, model, client, prompts, wishes)

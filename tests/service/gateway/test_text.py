@@ -121,6 +121,23 @@ def test_echo_alone(running: RunningGateway) -> None:
     assert running.worker.seen[-1].sampling.prompt_logprobs is None
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("echo", [False, True])
+def test_no_tokens_but_those_of_the_prompt(running: RunningGateway, stream: bool, echo: bool) -> None:
+    """How texts are scored."""
+    answer = complete(running, echo=echo, logprobs=1, max_tokens=0, stream=stream, stop="fox")
+    chunks = list(answer) if stream else [answer]
+    parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == (PROMPT if echo else "")
+    ids = running.worker.seen[-1].prompt_token_ids if echo else []
+    assert [value for part in parts for value in part.token_logprobs] == [
+        logprob_of(token_id) if i else None for i, token_id in enumerate(ids)
+    ]
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert stream or answer.usage.completion_tokens == 0
+    assert running.worker.seen[-1].sampling.max_tokens == 1
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -134,6 +151,7 @@ def test_echo_alone(running: RunningGateway) -> None:
         ({"prompt": "x", "max_tokens": CONTEXT_LENGTH}, "prompt"),
         ({"prompt": "x", "logprobs": 21}, "logprobs"),
         ({"prompt": "x", "logprobs": True}, "logprobs"),
+        ({"prompt": "x", "max_tokens": -1}, "max_tokens"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": "x", "best_of": 3}, "best_of"),
         ({"prompt": ["x"] * 100, "n": 2}, "n"),
