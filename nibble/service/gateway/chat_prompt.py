@@ -126,9 +126,7 @@ def _template_message(message: Message, path: str, template: ChatTemplate, names
     if message.role == "tool" and message.name is None and (name := names.get(message.tool_call_id or "")):
         values["name"] = name
     if message.tool_calls:
-        values["tool_calls"] = [
-            _template_tool_call(call, f"{path}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)
-        ]
+        values["tool_calls"] = [_template_tool_call(call) for call in message.tool_calls]
     else:
         values.pop("tool_calls", None)  # some templates ask only whether it is there
     return values
@@ -155,12 +153,12 @@ def _text_content(message: Message, path: str) -> str:
     return "\n".join(texts)
 
 
-def _template_tool_call(call: ToolCall, path: str) -> dict[str, Any]:
-    where = f"{path}.function.arguments"
+def _template_tool_call(call: ToolCall) -> dict[str, Any]:
+    """Arguments that are no JSON stay text: a model wrote them, and is to see what became of them."""
     try:
         arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{where}: should be JSON: {error}", param=where) from error
+    except (ValueError, RecursionError):
+        arguments = call.function.arguments
     return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}
 
 
@@ -176,5 +174,7 @@ def _with_arguments_as_text(messages: Sequence[Mapping[str, Any]]) -> list[Mappi
 
 def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
     function = call["function"]
-    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    arguments = function["arguments"]
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
     return {**call, "function": {**function, "arguments": arguments}}

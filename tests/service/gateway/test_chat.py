@@ -199,7 +199,27 @@ def test_tool_arguments_reach_the_template_as_objects(served_model: ServedModel)
     ]
     assert prompt(model, messages=messages) == "Rome|sunny"
     call["function"] = {"name": "f", "arguments": "{city"}
-    assert refusal(model, messages=messages).param == "messages[0].tool_calls[0].function.arguments"
+    assert prompt(model, messages=messages) == "|sunny"
+
+
+def test_arguments_that_are_no_json_reach_the_template_as_text(served_model: ServedModel) -> None:
+    """Without a grammar a model can write such, and the conversation goes on."""
+    calls = [
+        {"id": str(i), "type": "function", "function": {"name": "f", "arguments": text}}
+        for i, text in enumerate(("{city", ""))
+    ]
+    messages = [
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "0", "content": "these are no arguments"},
+    ]
+    for source in (
+        "{# tools #}{% for call in messages[0].tool_calls %}{{ call.function.arguments | tojson }};{% endfor %}",
+        "{# tools #}{% for call in messages[0].tool_calls %}{{ '' + call.function.arguments }};{% endfor %}",
+    ):
+        text = prompt(dataclasses.replace(served_model, chat_template=ChatTemplate(source, {})), messages=messages)
+        assert "{city" in text
+        assert text.endswith("{};")
+    assert "{city" in prompt(served_model, messages=messages)
 
 
 def test_generation_prompt_and_continuation(served_model: ServedModel) -> None:
