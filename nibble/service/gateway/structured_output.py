@@ -117,6 +117,9 @@ def _response_format(request: SamplingBody) -> Iterator[tuple[str, GrammarSpec]]
     if wanted is None:
         return
     _refuse_extras("response_format", wanted)
+    if wanted.json_schema is not None and wanted.type != "json_schema":
+        field = "response_format.json_schema"
+        raise InvalidRequest(f"{field} is only allowed when type is json_schema", param=field)
     if wanted.type == "json_object":
         yield "response_format", GrammarSpec(GrammarKind.JSON_OBJECT)
     elif wanted.type == "json_schema":

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+import httpx
 import pytest
 from conftest import RunningGateway
 from openai.types.responses import ResponseOutputMessage, ResponseOutputText
@@ -175,3 +176,9 @@ def test_fields_without_effect_are_reported(running: RunningGateway) -> None:
         "reasoning.summary",
     }
     assert "x-nibble-ignored" not in post(running, BODY).headers
+
+
+@pytest.mark.parametrize("name", ["compact", "input_tokens"])
+def test_other_operations_are_no_response_of_that_id(running: RunningGateway, name: str) -> None:
+    response = httpx.post(f"{running.url}/v1/responses/{name}", json=BODY)
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown_url")

@@ -126,6 +126,7 @@ def test_what_cannot_be_enforced_is_refused_before_it_is_queued(
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
             "response_format.json_schema.name",
         ),
+        ({"response_format": {**json_schema(SCHEMA), "type": "text"}}, "response_format.json_schema"),
         ({"response_format": json_schema({}, name="a b")}, "response_format.json_schema.name"),
         ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
         ({"response_format": {"type": "structural_tag"}}, "response_format.type"),

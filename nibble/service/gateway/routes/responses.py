@@ -88,9 +88,10 @@ async def create_response(request: Request) -> Response:
 
 
 @router.post("/v1/responses/compact", include_in_schema=False)
-async def compact() -> Response:
-    """Not there; without this, it would be a response whose id is `compact`."""
-    raise NotFound("compaction is not supported", code="unknown_url")
+@router.post("/v1/responses/input_tokens", include_in_schema=False)
+async def not_there(request: Request) -> Response:
+    """Without this, it would be a response with that id."""
+    raise NotFound(f"unknown URL: POST {request.url.path}", code="unknown_url")
 
 
 @router.get("/v1/responses/{response_id}", openapi_extra={"parameters": _QUERY})
