@@ -45,7 +45,7 @@ class GatewayServer(uvicorn.Server):
         gateway = self._gateway
         gateway.is_draining = True
         logger.info("draining num_requests=%d drain_s=%g", len(gateway.in_flight), gateway.settings.drain_s)
-        error = Unavailable("the gateway is shutting down", code="shutting_down")
+        error = Unavailable("the gateway is shutting down", code="shutting_down", retry_after_s=1.0)
         timer = asyncio.get_running_loop().call_later(gateway.settings.drain_s, gateway.interrupt_all, error)
         await super().shutdown(sockets)
         timer.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -138,9 +139,12 @@ def test_answer_that_outlasts_the_drain_ends_with_an_error_event(
 ) -> None:
     gateway = Process(redis_url=valkey.url, namespace=namespace, model_dir=model_dir, drain_s=0.3)
     worker.gate.clear()
-    with streaming(gateway.url) as lines:
+    with concurrent.futures.ThreadPoolExecutor(1) as threads, streaming(gateway.url) as lines:
+        whole = threads.submit(httpx.post, f"{gateway.url}/v1/chat/completions", json={**BODY, "stream": False})
+        wait_for(lambda: len(worker.seen) == 2)
         gateway.process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line]
+    assert (whole.result().status_code, whole.result().headers["retry-after"]) == (503, "1")
     error = json.loads(rest[-2].removeprefix("data: "))["error"]
     assert (error["code"], rest[-1]) == ("shutting_down", "data: [DONE]")
     assert gateway.wait() == 0
