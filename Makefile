@@ -109,7 +109,7 @@ lock: $(VENV)/dev.stamp ## Resolve pyproject.toml anew into requirements/*.txt
 	$(PIP_COMPILE) $(UPGRADE) -o requirements/deploy.txt -c requirements/dev.txt --extra deploy pyproject.toml
 	@# Of images: what one process imports, and what builds the package.
 	for process in gateway worker-cpu worker-cuda; do \
-		$(PIP_COMPILE) $(UPGRADE) -o requirements/$$process.txt -c requirements/dev.txt --extra $$process pyproject.toml || exit 1; done
+		$(PIP_COMPILE) $(UPGRADE) -o requirements/$$process.txt -c requirements/dev.txt --extra $$process --extra tracing pyproject.toml || exit 1; done
 	$(PIP_COMPILE) $(UPGRADE) --only-build-deps --build-deps-for wheel -o requirements/build.txt -c requirements/dev.txt pyproject.toml
 	@# A CPU build of torch resolves to `2.13.0+cpu`, which only PyTorch's own index has; `==2.13.0` accepts it and any other build.
 	sed -i 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements/*.txt
