@@ -44,11 +44,12 @@ FROM build AS packages-gateway
 COPY requirements/gateway.txt /requirements/
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends binutils && rm -rf /var/lib/apt/lists/*
-# The base's own pip can be imported: it fetches the demo model. Symbols for debuggers are 20 MB of this; what was
-# bundled into *.libs does not survive that its own are taken away.
+# The base's own pip can be imported: it fetches the demo model. Symbols for debuggers are 20 MB of this, what only
+# compilers and editors read is 3; what was bundled into *.libs does not survive that its symbols are taken away.
 RUN python -m venv --without-pip --system-site-packages /opt/packages \
  && /opt/pip/bin/pip --python /opt/packages/bin/python install --no-compile --only-binary :all: -r /requirements/gateway.txt \
  && find /opt/packages -type d -name tests -prune -exec rm -r {} + \
+ && find /opt/packages -type f -regex ".*\.\(pyi\|pyx\|pxd\|h\|a\|proto\)" -delete \
  && find /opt/packages -name "*.so" -not -path "*.libs/*" -exec strip --strip-unneeded {} +
 
 # Bytecode of what a process imports at its start, the standard library included, of which the base has none. That of all
