@@ -68,9 +68,9 @@ def _make_base() -> None:
         for directory in UNWANTED:
             for path in (root / directory).iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        archive = subprocess.Popen(["tar", "-C", str(root), "-c", "."], stdout=subprocess.PIPE)
-        subprocess.run(["docker", "import", "-", BASE], stdin=archive.stdout, check=True, stdout=subprocess.DEVNULL)
-        assert archive.wait() == 0
+        with subprocess.Popen(["tar", "-C", str(root), "-c", "."], stdout=subprocess.PIPE) as archive:
+            subprocess.run(["docker", "import", "-", BASE], stdin=archive.stdout, check=True, stdout=subprocess.DEVNULL)
+        assert archive.returncode == 0
 
 
 @contextmanager
