@@ -29,6 +29,22 @@ def exported() -> set[str]:
     return {name for name in map(METRICS_TABLE["name_of"], metrics) if not name.startswith("vllm:")}
 
 
+# What dashboards and autoscalers for vLLM read, and what an inference gateway of Kubernetes asks a worker for.
+STANDARD_NAMES = {
+    *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
+    *("vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds", "vllm:e2e_request_latency_seconds"),
+    *("vllm:request_queue_time_seconds", "vllm:prompt_tokens_total", "vllm:generation_tokens_total"),
+    "vllm:request_success_total",
+}
+
+
+def test_standard_names_are_exported() -> None:
+    metrics = [*METRICS_TABLE["gateway_metrics"](), *METRICS_TABLE["worker_metrics"]()]
+    assert set(map(METRICS_TABLE["name_of"], metrics)) >= STANDARD_NAMES
+    of_workers = set(map(METRICS_TABLE["name_of"], METRICS_TABLE["worker_metrics"]()))
+    assert {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"} <= of_workers
+
+
 def rules() -> list[dict[str, str]]:
     return [rule for file in RULES for group in yaml.safe_load(file.read_text())["groups"] for rule in group["rules"]]
 

@@ -187,6 +187,34 @@ def test_usage_is_counted_by_the_names_in_the_file_of_keys(run_gateway: Callable
     assert tokens["ada", "cached"] == 2 * CACHED_TOKENS
 
 
+def test_nothing_that_a_client_sends_is_a_label(run_gateway: Callable[..., Any], tmp_path: Path) -> None:
+    """Models, paths, methods, keys, users, ids: the second round of them adds to values alone."""
+    file = tmp_path / "keys"
+    file.write_text(key_line("k1", name="ada"))
+    with run_gateway(api_keys_file=file) as running:
+        rounds = []
+        for i in range(3):
+            headers = {
+                "authorization": "Bearer k1",
+                "x-request-id": f"id-{i}",
+                "traceparent": f"00-{i:032x}-{i:016x}-01",
+            }
+            chat = {**BODY, "user": f"user-{i}", "metadata": {"a": f"{i}"}, "service_tier": "flex", f"extra-{i}": i}
+            with httpx.Client(base_url=running.url, headers=headers) as client:
+                client.post("/v1/chat/completions", json=chat)
+                client.post("/v1/chat/completions", json={**chat, "model": f"model-{i}"})
+                client.get(f"/v1/models/model-{i}")
+                client.get(f"/path-{i}")
+                client.request(("PUT", "PATCH", "DELETE")[i], "/v1/models")
+                client.get("/v1/models", headers={"authorization": f"Bearer key-{i}"})
+                client.get("/v1/models", headers={"host": f"host-{i}.example"})
+            rounds.append(set(samples(running, authorization="Bearer k1")))
+    assert rounds[1] == rounds[2]
+    assert rounds[0] <= rounds[1]
+    statuses = {labels[1] for labels in rounds[2] if labels[0] == "nibble_http_responses_total"}
+    assert statuses == {"200", "401", "404", "405"}
+
+
 def test_what_waits_in_the_broker_and_for_how_long(run_gateway: Callable[..., Any]) -> None:
     with run_gateway(has_worker=False, needs_worker=False) as running:
         assert samples(running)["nibble_queue_age_seconds",] == 0
