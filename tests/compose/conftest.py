@@ -53,6 +53,11 @@ def service(daemon: None) -> Iterator[Service]:
         assert not docker(kind, "ls", "--quiet", "--filter", f"label=com.docker.compose.project={compose.project}")
 
 
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])

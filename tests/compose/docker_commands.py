@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -53,9 +53,12 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, explain: Callabl
 class Compose:
     """The shipped docker-compose.yml as a project of its own, with these variables and no .env file of anybody."""
 
-    def __init__(self, project: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, project: str, variables: Mapping[str, str], overrides: Sequence[Path] = ()) -> None:
+        """overrides: files like a docker-compose.override.yml."""
         self.project = project
-        self._command = [*_compose_command(), "--project-name", project, "--env-file", os.devnull]
+        files = [part for path in (ROOT / "docker-compose.yml", *overrides) for part in ("--file", str(path))]
+        self._command = [*_compose_command(), "--project-name", project, "--env-file", os.devnull, *files]
+        self.variables = variables
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("NIBBLE_", "COMPOSE_"))}
         self._environment = {**kept, **variables}
 
@@ -77,10 +80,16 @@ class Compose:
         return sorted(json.loads(line)["Name"] for line in lines)
 
 
+def has_compose() -> bool:
+    """No daemon is asked."""
+    done = subprocess.run([*_compose_command(), "version"], capture_output=True, check=False)
+    return done.returncode == 0
+
+
 def _compose_command() -> list[str]:
     beside = Path(sys.executable).with_name("docker-compose")  # requirements/deploy.txt
     if beside.exists():
         return [str(beside)]
     if found := shutil.which("docker-compose"):
         return [found]
-    return ["docker", "compose"]
+    return ["docker", "compose"] if shutil.which("docker") else ["false"]

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
 
+import httpx
 import pytest
 from compose_service import Service
 from docker_commands import ROOT, docker, wait_until
@@ -21,16 +25,20 @@ pytestmark = [pytest.mark.compose, pytest.mark.timeout(1500)]
 TOKENS = 160
 PROMPT = "Tell a long story about a lighthouse keeper and a storm."
 SCRAPE_S = 40.0
+# Of the one answer that greedy decoding gives.
+REQUEST: dict[str, Any] = {
+    "messages": [{"role": "user", "content": PROMPT}],
+    "max_tokens": TOKENS,
+    "temperature": 0,
+    "stream": True,
+}
 
 
 def stream(service: Service, max_tokens: int = TOKENS) -> Iterator[str]:
-    """Pieces of the one answer that greedy decoding gives."""
+    """Pieces of the answer."""
     chunks = service.client().chat.completions.create(
+        **{**REQUEST, "max_tokens": max_tokens},
         model=service.client().models.list().data[0].id,
-        messages=[{"role": "user", "content": PROMPT}],
-        max_tokens=max_tokens,
-        temperature=0,
-        stream=True,
         stream_options={"include_usage": True},
         extra_body={"ignore_eos": True},
     )
@@ -138,6 +146,71 @@ def test_stopped_gateway_ends_the_answers_it_has_begun(service: Service, answer:
     stopped[0].join()
     assert "".join(stream(service)) == answer, "the other one takes what comes"
     service.scale(gateways=2, workers=2)
+
+
+def test_stream_of_a_killed_gateway_is_resumed_at_another(service: Service, answer: str) -> None:
+    """As a client does it that remembers the id of the last event it has seen."""
+    body = {**REQUEST, "model": "SmolLM2-135M-Instruct", "ignore_eos": True}
+    headers = {"Idempotency-Key": secrets.token_hex(8)}  # what makes the answer outlive its client's connection
+    events: list[tuple[str, str]] = []
+    url = f"{service.url}/v1/chat/completions"
+    with (
+        suppress(httpx.RemoteProtocolError),
+        httpx.stream("POST", url, json=body, headers=headers, timeout=120) as lost,
+    ):
+        for event in events_of(lost):
+            events.append(event)
+            if len(events) == 10:
+                docker("kill", busy(service, "gateway", "nibble_num_requests_running"))
+    assert "".join(text for _, text in events) != answer
+    last_id = events[-1][0]
+    url = f"{url}/{last_id.rpartition(':')[0]}/stream"
+    with httpx.stream("GET", url, headers={"Last-Event-ID": last_id}, timeout=120) as resumed:
+        assert resumed.status_code == 200
+        events.extend(events_of(resumed))
+    assert "".join(text for _, text in events) == answer
+    service.scale(gateways=2, workers=2)
+
+
+def events_of(response: httpx.Response) -> Iterator[tuple[str, str]]:
+    """Id and text of each event of a stream."""
+    event_id = ""
+    for line in response.iter_lines():
+        name, _, value = line.partition(": ")
+        if name == "id":
+            event_id = value
+        elif name == "data" and value != "[DONE]":
+            yield event_id, "".join(choice["delta"].get("content") or "" for choice in json.loads(value)["choices"])
+
+
+def test_requests_wait_for_a_worker_where_the_last_one_was_killed(service: Service, answer: str) -> None:
+    service.scale(gateways=2, workers=1)
+    (worker,) = service.compose.containers("worker")
+    texts: list[str] = []
+    threads = [threading.Thread(target=lambda: texts.append("".join(stream(service, 60)))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: service.gauge(worker, "nibble_running_sequences") == 4, 30, texts.copy)
+    docker("kill", worker)
+    docker("start", worker)
+    for thread in threads:
+        thread.join()
+    assert texts == [texts[0]] * 4
+    assert answer.startswith(texts[0])
+    service.scale(gateways=2, workers=2)
+
+
+def test_killed_redis_loses_nothing_that_it_had_said_it_has(service: Service, answer: str) -> None:
+    """Its append-only file is written before it answers, so a crash of the process takes nothing with it."""
+    (redis,) = service.compose.containers("redis")
+
+    def kill() -> None:
+        docker("kill", redis)
+        docker("start", redis)
+
+    assert interrupted(service, kill) == answer
+    gateways = service.compose.containers("gateway")
+    assert sum(service.gauge(name, "nibble_restored_requests_total") for name in gateways) == 0
 
 
 def test_restarted_redis_keeps_what_runs(service: Service, answer: str) -> None:

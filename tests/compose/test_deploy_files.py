@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from docker_commands import Compose, has_compose
 
 from nibble.service.gateway.__main__ import _CLOSING_S
 from nibble.service.settings import KNOWN_VARIABLES, PREFIX
@@ -92,6 +93,20 @@ def test_grafana_finds_its_datasource_and_dashboards() -> None:
     mounts = dict(volume.split(":")[:2] for volume in SERVICES["grafana"]["volumes"])
     assert mounts["./observability/grafana/dashboards"] == provider["options"]["path"]
     assert mounts["./observability/grafana/provisioning"] == "/etc/grafana/provisioning"
+
+
+@pytest.mark.skipif(not has_compose(), reason="no docker-compose here: pip install -r requirements/deploy.txt")
+def test_the_profile_for_gpus_puts_a_cuda_worker_in_the_cpu_workers_place() -> None:
+    compose = Compose("nibble-test-gpu", {"NIBBLE_CPU_WORKERS": "0", "NIBBLE_GPU_WORKERS": "2"})
+    assert "worker-cuda" not in yaml.safe_load(compose("config"))["services"]
+    services = yaml.safe_load(compose("--profile", "gpu", "config"))["services"]
+    assert services["worker"]["deploy"]["replicas"] == 0
+    cuda, cpu = services["worker-cuda"], services["worker"]
+    assert cuda["deploy"]["replicas"] == 2
+    (device,) = cuda["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"capabilities": ["gpu"], "driver": "nvidia", "count": 1}
+    for name in ("depends_on", "networks", "volumes", "read_only", "cap_drop", "security_opt", "stop_grace_period"):
+        assert cuda[name] == cpu[name], name
 
 
 @pytest.mark.parametrize("process", ["gateway", "worker-cpu", "worker-cuda"])
