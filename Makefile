@@ -11,7 +11,7 @@ PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve chat bench bench-gpu install dev check format test test-conformance test-compose test-dashboards test-images test-helm test-gpu sanitize-gpu docs dashboards kernels lock clean
+.PHONY: help serve chat bench bench-gpu install dev check check-deploy format test test-conformance test-compose test-dashboards test-images test-helm test-gpu sanitize-gpu docs dashboards kernels lock clean
 
 help: ## Show the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -52,10 +52,12 @@ test-conformance: $(VENV)/dev.stamp ## Clients and tools of others against the A
 test-dashboards: $(VENV)/dev.stamp ## Prometheus beside the live service: every panel and rule has data (apt install prometheus)
 	$(BIN)/python -m pytest -m dashboards $(ARGS)
 
-test-compose: $(VENV)/dev.stamp ## docker-compose.yml with a real Docker daemon: build, chat, kill, scale
+check-deploy: $(VENV)/dev.stamp ## hadolint and yamllint: Dockerfile, docker-compose.yml, rules, values of the chart
 	@$(PIP) install -r requirements/deploy.txt
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/yamllint docker-compose.yml observability helm/nibble/values.yaml helm/nibble/examples
+
+test-compose: check-deploy ## docker-compose.yml with a real Docker daemon: build, chat, kill, scale
 	$(BIN)/python -m pytest -m compose -k 'not cuda' $(ARGS) tests/compose
 
 test-helm: $(VENV)/dev.stamp build/helm/v32 build/helm/v34 build/helm/node_modules ## The Helm chart with helm 3 and 4 (needs npm)
