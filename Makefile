@@ -91,10 +91,11 @@ sanitize-gpu: $(VENV)/dev.stamp ## Every CUDA kernel on small cases under comput
 	compute-sanitizer --tool synccheck --error-exitcode 1 $(BIN)/python -m tests.kernels.cuda.sanitize
 	compute-sanitizer --tool initcheck --error-exitcode 1 $(BIN)/python -m tests.kernels.cuda.sanitize
 
-docs: $(VENV)/dev.stamp ## Write the tables of docs/ (request fields, settings, metrics) and of the chart's values
+docs: $(VENV)/dev.stamp ## Write the tables of docs/ (request fields, settings, metrics, GPU memory) and of the chart's values
 	$(BIN)/python docs/field_table.py
 	$(BIN)/python docs/settings_table.py
 	$(BIN)/python docs/metrics_table.py
+	$(BIN)/python docs/memory_table.py
 	$(BIN)/python helm/readme_table.py
 
 dashboards: $(VENV)/dev.stamp ## Write the dashboards of observability/ from their definitions

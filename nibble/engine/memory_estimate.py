@@ -103,7 +103,7 @@ def estimate(
     *,
     utilization: float = 0.9,
     max_num_sequences: int = 256,
-    max_num_batched_tokens: int = 8192,
+    max_num_batched_tokens: int = 2048,
 ) -> MemoryEstimate:
     """utilization: the share of the memory that may be used; the limits are those of a CUDA worker by default."""
     config = description.config

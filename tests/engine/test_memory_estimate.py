@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nibble.engine.quantize.options import Method, Options
 from nibble.engine.quantize.quantize import quantize
 from nibble.kernels.cpu.backend import CPUKernels
 from nibble.kernels.layout import KVDtype, KVLayout
+from nibble.service.worker.device import CUDA_DEFAULTS
 
 GIB = 1 << 30
 LLAMA_3_8B = SHAPES["llama-3-8b"].config
@@ -108,3 +110,16 @@ def test_a_well_known_model_on_well_known_cards() -> None:
 def test_no_more_tokens_than_the_sequences_can_have() -> None:
     short = msgspec.structs.replace(LLAMA_3_8B, max_context_tokens=128)
     assert estimate(native_description(short, 128), KVDtype.INT8, 80 * GIB).num_tokens == 256 * 128
+
+
+def test_the_limits_are_those_of_a_cuda_worker() -> None:
+    int4 = native_description(LLAMA_3_8B, 128)
+    sequences, tokens = CUDA_DEFAULTS
+    given = estimate(int4, KVDtype.INT8, 24 * GIB, max_num_sequences=sequences, max_num_batched_tokens=tokens)
+    assert given == estimate(int4, KVDtype.INT8, 24 * GIB)
+
+
+def test_the_table_of_gpu_memory_is_current() -> None:
+    """`make docs` writes it."""
+    page = Path(__file__).parents[2] / "docs" / "deploy.md"
+    assert page.read_text() == runpy.run_path(str(page.with_name("memory_table.py")))["page"]()
