@@ -97,6 +97,18 @@ def test_each_selector_finds_its_pods_and_no_others(objects: list[Object]) -> No
         assert item["metadata"]["labels"]["app.kubernetes.io/component"] in found[0]
 
 
+def test_an_upgrade_changes_nothing_that_is_immutable(objects: list[Object]) -> None:
+    """From the defaults to any of the examples."""
+    before = {(item["kind"], item["metadata"]["name"]): item["spec"] for item in render() if "spec" in item}
+    for item in objects:
+        old = before.get((item["kind"], item["metadata"]["name"]))
+        if item["kind"] in ("Deployment", "StatefulSet"):
+            assert old is not None, "a new name would make it anew"
+            assert item["spec"]["selector"] == old["selector"]
+            assert item["spec"].get("serviceName") == old.get("serviceName")
+            assert not {name for name in old["selector"]["matchLabels"] if "version" in name or "chart" in name}
+
+
 def test_monitors_find_their_services_and_ports() -> None:
     objects = render(*KEDA)
     for monitor in (item for item in objects if item["kind"] == "ServiceMonitor"):
