@@ -38,6 +38,7 @@ class Choice:
         "_prompt",
         "_scanner",
         "_shows_stop",
+        "_stop_logprobs",
         "_stop_token_ids",
         "finish_reason",
         "is_plain",
@@ -64,6 +65,8 @@ class Choice:
         self._pending: list[int] = []  # the newest token if it may be a stop token whose finish reason is still to come
         self._shows_stop = plan.include_stop
         self._only_prompt = plan.only_prompt
+        # Clients that score prompts (lm-eval) ask for one token and drop one entry from the end, whatever it was.
+        self._stop_logprobs = self._logprobs if plan.continues_prompt and not plan.only_prompt else None
         self.is_plain = not (self._prompt or self._logprobs or self._scanner or self.parser or self._only_prompt)
         self.num_tokens = 0
         self.num_reasoning_tokens = 0
@@ -133,7 +136,10 @@ class Choice:
         if reason is None:
             return text
         self.finish_reason = reason
-        return text + self._flush()
+        text += self._flush()
+        if num_hidden and self._stop_logprobs is not None:
+            self._stop_logprobs.show(self._num_decoded)
+        return text
 
     def _echo(self, event: TokenEvent) -> str:
         """The prompt's text, with the first event: its log probabilities come with it."""
@@ -189,6 +195,7 @@ class Choice:
 
     def _flush(self) -> str:
         text = self._detokenizer.flush()
+        self._num_decoded += len(text)
         if self._scanner is not None:
             text, self._is_cut = self._scanner.push(text)
             if not self._is_cut:

@@ -62,20 +62,23 @@ def push_all(
     stops=st.lists(st.text(alphabet="abe ", min_size=1, max_size=2), max_size=2),
     include_stop=st.booleans(),
     echoes=st.booleans(),
+    is_text=st.booleans(),
 )
 def test_grouping_changes_nothing_and_no_token_is_told_that_is_not_shown(
-    ids: list[int], is_stopped: bool, cuts: list[int], stops: list[str], include_stop: bool, echoes: bool
+    ids: list[int], is_stopped: bool, cuts: list[int], stops: list[str], include_stop: bool, echoes: bool, is_text: bool
 ) -> None:
+    """But the one that ended a text."""
     all_ids = [*ids, END] if is_stopped else ids
     reason = FinishReason.STOP if is_stopped else FinishReason.LENGTH
-    options: dict[str, Any] = {"stops": tuple(stops), "include_stop": include_stop, "echoes": echoes}
+    options: dict[str, Any] = {"stops": tuple(stops), "include_stop": include_stop}
+    options |= {"echoes": echoes, "continues_prompt": is_text}
     texts, logprobs = push_all(all_ids, reason, cuts, **options)
     whole_texts, whole = push_all(all_ids, reason, [], **options)
     text = "".join(texts)
     assert (text, logprobs) == ("".join(whole_texts), whole)
     told = [token.token_id for token in logprobs]
     prompt = [1, 2, 3] if echoes else []
-    visible = prompt + (all_ids if include_stop else ids)
+    visible = prompt + (all_ids if include_stop or is_text else ids)
     assert told == visible[: len(told)]
     if not stops:
         assert told == visible

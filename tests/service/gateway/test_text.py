@@ -68,8 +68,11 @@ def test_prompts_may_be_ids_and_many(running: RunningGateway) -> None:
 
 
 def test_logprobs(running: RunningGateway) -> None:
+    """The token that ended the answer has an entry too, without being a part of the text."""
     choice = complete(running, logprobs=2).choices[0]
-    check_logprobs(running, choice.text, choice.logprobs, running.gateway.model.encode(ANSWER))
+    ids = [*running.gateway.model.encode(ANSWER), running.end_of_turn]
+    check_logprobs(running, choice.text + "<|im_end|>", choice.logprobs, ids)
+    assert choice.text == ANSWER
 
 
 def check_logprobs(running: RunningGateway, text: str, logprobs: Any, ids: list[int]) -> None:
@@ -95,13 +98,13 @@ def test_streamed_logprobs_are_those_of_the_whole_answer(running: RunningGateway
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_begins_with_the_prompt_and_its_logprobs(running: RunningGateway, stream: bool) -> None:
-    """What evaluation harnesses ask for."""
+    """What evaluation harnesses ask for: they take all entries but the last for the prompt's when they ask for a token."""
     answer = complete(running, echo=True, logprobs=1, stream=stream)
     chunks = list(answer) if stream else [answer]
     parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
     text = "".join(chunk.choices[0].text for chunk in chunks)
     request = running.worker.seen[-1]
-    ids = [*request.prompt_token_ids, *running.gateway.model.encode(ANSWER)]
+    ids = [*request.prompt_token_ids, *running.gateway.model.encode(ANSWER), running.end_of_turn]
     assert text == PROMPT + ANSWER
     logprobs = [value for part in parts for value in part.token_logprobs]
     assert logprobs == [None, *(logprob_of(token_id) for token_id in ids[1:])]
@@ -109,11 +112,21 @@ def test_echo_begins_with_the_prompt_and_its_logprobs(running: RunningGateway, s
     offsets = [value for part in parts for value in part.text_offset]
     tokens = [value for part in parts for value in part.tokens]
     assert all(
-        text[offset : offset + len(token)] == token
+        (text + "<|im_end|>")[offset : offset + len(token)] == token
         for offset, token in zip(offsets, tokens, strict=True)
         if not token.startswith("bytes:")
     )
     assert request.sampling.prompt_logprobs == 1
+
+
+def test_a_first_token_that_ends_the_answer_has_an_entry(running: RunningGateway) -> None:
+    running.worker.reply = lambda request: [running.end_of_turn]
+    ids = running.gateway.model.encode(PROMPT)
+    choice = complete(running, ids, echo=True, logprobs=1, max_tokens=1).choices[0]
+    assert choice.text == PROMPT
+    assert choice.logprobs.token_logprobs[1:] == [logprob_of(token_id) for token_id in [*ids[1:], running.end_of_turn]]
+    assert choice.logprobs.tokens[-1] == "<|im_end|>"
+    assert choice.logprobs.text_offset[-1] == len(PROMPT)
 
 
 def test_echo_alone(running: RunningGateway) -> None:
