@@ -50,6 +50,7 @@ class ServedModel:
     eos_token_ids: frozenset[int]
     max_bytes_per_token: int | None
     created_s: int
+    special_tokens: Mapping[str, str]  # bos_token, eos_token ... as text
     chat_template: ChatTemplate | None
     tool_template: ChatTemplate | None  # of chats with tools, where the model has one for them
     tool_call_parser: ToolCallParserName
@@ -110,6 +111,7 @@ def load_served_model(
         eos_token_ids=eos_token_ids,
         max_bytes_per_token=_max_bytes_per_token(tokenizer_json),
         created_s=int((directory / "config.json").stat().st_mtime),
+        special_tokens=special_tokens,
         chat_template=ChatTemplate(template, special_tokens) if template else None,
         tool_template=ChatTemplate(tool_template, special_tokens) if tool_template else None,
         tool_call_parser=tool_call_parser,

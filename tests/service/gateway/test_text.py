@@ -98,7 +98,7 @@ def test_streamed_logprobs_are_those_of_the_whole_answer(running: RunningGateway
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_begins_with_the_prompt_and_its_logprobs(running: RunningGateway, stream: bool) -> None:
-    """What evaluation harnesses ask for: they take all entries but the last for the prompt's when they ask for a token."""
+    """What evaluation harnesses ask for: of the entries, all but that of the one token asked for are the prompt's."""
     answer = complete(running, echo=True, logprobs=1, stream=stream)
     chunks = list(answer) if stream else [answer]
     parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+import jinja2
 import pytest
 from conftest import RunningGateway
 from hypothesis import given, settings
@@ -52,6 +53,15 @@ def test_detokenize_gives_the_text_back_special_tokens_included(running: Running
     text = post(running, "/detokenize", {"tokens": tokens}).json()["prompt"]
     assert text == "<|im_start|>user\nThe quick brown fox<|im_end|>\n<|im_start|>assistant\n"
     assert post(running, "/detokenize", {"tokens": []}).json() == {"prompt": ""}
+
+
+def test_info_is_what_a_client_without_the_files_needs(running: RunningGateway) -> None:
+    info = httpx.get(running.url + "/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"], info["pad_token"]) == (None, "<|im_end|>", None)
+    template = jinja2.Environment(trim_blocks=True).from_string(info["chat_template"])
+    prompt = template.render(messages=MESSAGES, add_generation_prompt=True)
+    tokens = post(running, "/tokenize", {"messages": MESSAGES}).json()["tokens"]
+    assert post(running, "/tokenize", {"prompt": prompt}).json()["tokens"] == tokens
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,4 +1,4 @@
-"""POST /tokenize: a text or the messages of a chat to token ids; POST /detokenize: back to text."""
+"""POST /tokenize: a text or the messages of a chat to token ids; POST /detokenize: back to text. GET /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -66,6 +66,15 @@ async def detokenize(request: Request) -> Response:
         raise InvalidRequest(message, param="tokens")
     text = await asyncio.to_thread(model.tokenizer.decode, asked.tokens, skip_special_tokens=False)
     return _answer({"prompt": text}, asked)
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> Response:
+    """What a client needs beside these two to do without the tokenizer's files."""
+    model = gateway_of(request).model
+    special_tokens = {name: model.special_tokens.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+    template = model.chat_template
+    return json_response({**special_tokens, "chat_template": template.source if template else None})
 
 
 def _has_messages(body: bytes) -> bool:
