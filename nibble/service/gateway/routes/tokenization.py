@@ -1,4 +1,4 @@
-"""POST /tokenize: a text or the messages of a chat to token ids; POST /detokenize: back to text. GET /tokenizer_info."""
+"""POST /tokenize: a text or the messages of a chat to token ids; POST /detokenize: back; GET /tokenizer_info."""
 
 from __future__ import annotations
 
