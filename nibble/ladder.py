@@ -11,6 +11,8 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from nibble.engine.checkpoint.errors import SourceError
+from nibble.engine.checkpoint.resolve import is_native
 from nibble.engine.checkpoint.source import open_source
 from nibble.engine.memory_estimate import MemoryEstimate, descriptions_of, estimate
 from nibble.kernels.layout import GROUP_SIZES, KVDtype
@@ -55,6 +57,7 @@ def run_ladder(request: Request) -> None:
     from nibble.engine.quantize.options import Options
     from nibble.engine.quantize.quantize import quantize
 
+    _check(request, ladder.PROMPT_TOKENS)
     gpu_memory_bytes = None if request.gpu_memory is None else parse_bytes(request.gpu_memory)
     settings = ladder.Settings(request.generated_tokens, gpu_memory_bytes)
     with progress_bar(Console(stderr=True)) as report_progress:
@@ -67,17 +70,49 @@ def run_ladder(request: Request) -> None:
             report_progress,
         )
         worker = WorkerSettings.from_environment(model_dir=pair.reference)
-        kernels = make_kernels(worker, uses_cuda(worker))
+        is_gpu = uses_cuda(worker)
+        kernels = make_kernels(worker, is_gpu)
         results = ladder.measure(ladder.rungs_of(pair), sequences, kernels, settings, report_progress)
     best = ladder.recommended(results, request.max_kl)
     _print_table(report.LABELS, [report.cells(each) for each in results])
     Console().print(f"Recommended within a mean KL divergence of {request.max_kl:g}: {best.name}", highlight=False)
+    if request.output is None:
+        return
+    subject = report.Subject(
+        model=model_name_of(request.model),
+        quantized=pair.quantized.name,
+        text=(request.text or ladder.DEFAULT_TEXT).name,
+        num_sequences=sequences.shape[0],
+        sequence_tokens=sequences.shape[1],
+        generated_tokens=request.generated_tokens,
+        device="cuda" if is_gpu else "cpu",
+    )
+    _write(request.output, ".html", report.to_html(subject, results, best, request.max_kl).encode())
+    _write(request.output, ".json", report.to_json(subject, results, best, request.max_kl))
+
+
+def _check(request: Request, prompt_tokens: int) -> None:
+    """What would else be found out after minutes of measuring. Raises CheckpointError, SettingsError, OSError."""
+    if is_native(request.model):
+        raise SourceError(
+            f"{request.model}: is a native checkpoint; name the model it was made of, and it by --quantized"
+        )
+    context_tokens = open_source(request.model).config.max_context_tokens
+    if prompt_tokens + request.generated_tokens > context_tokens:
+        raise SettingsError(
+            f"{request.generated_tokens} generated tokens and prompts of {prompt_tokens}: the model's context is "
+            f"{context_tokens} tokens"
+        )
     if request.output is not None:
-        title = model_name_of(request.model)
-        html = report.to_html(title, results, best, request.max_kl)
-        request.output.with_name(request.output.name + ".html").write_text(html, encoding="utf-8")
-        json = report.to_json(title, results, best, request.max_kl)
-        request.output.with_name(request.output.name + ".json").write_bytes(json)
+        request.output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _write(output: Path, suffix: str, content: bytes) -> None:
+    path = output.with_name(output.name + suffix)
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def print_plan(model: Path, gpu_memory: str, group_size: int, utilization: float) -> None:

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from nibble.engine.checkpoint.cache import exclusive, partial_directory, publish
 from nibble.engine.checkpoint.convert import Progress, convert_checkpoint
+from nibble.engine.checkpoint.errors import SourceError
+from nibble.engine.checkpoint.native import load_checkpoint
 from nibble.engine.checkpoint.resolve import resolve_checkpoint
 from nibble.engine.checkpoint.smooth_keys import SmoothKeySource
 from nibble.engine.checkpoint.source import Float16Rows, Floats, RowFormat, Source, open_source
@@ -60,6 +62,8 @@ def make_pair(
     quantised by `quantize`, which writes the directory that it is given. Raises CheckpointError.
     """
     source = SmoothKeySource(open_source(model))
+    if quantized is not None and quantized.exists():
+        _check_same_model(source, quantized)
     as_stored = resolve_checkpoint(model, cache_dir, progress)
     if source.format("model.layers.0.mlp.down_proj.weight").kind == "float16":
         target = quantized or as_stored.with_name(as_stored.name + "-w4")
@@ -73,3 +77,12 @@ def make_pair(
                 convert_checkpoint(FloatingSource(source), directory, progress)
                 publish(directory, reference)
     return Pair(reference, quantized or as_stored)
+
+
+def _check_same_model(source: Source, quantized: Path) -> None:
+    """As far as shapes tell. Raises CheckpointError."""
+    config = load_checkpoint(quantized).config
+    for name in ("architecture", "vocab_size", "hidden_size", "num_layers", "max_context_tokens"):
+        own, other = getattr(source.config, name), getattr(config, name)
+        if own != other:
+            raise SourceError(f"{quantized}: is not of the model {source.label}: {name} is {other}, not {own}")

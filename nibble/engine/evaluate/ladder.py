@@ -55,11 +55,13 @@ class Measures:
     tokens_that_fit: int | None
     tokens_per_s_alone: float
     tokens_per_s_batch: float
+    batch_size: int  # prompts: BATCH, fewer of a short text
 
 
 @dataclass(frozen=True)
 class Settings:
-    """generated_tokens: of each prompt. gpu_memory_bytes: of the GPU that tokens are to fit on; None: not asked."""
+    """generated_tokens: of each prompt, with PROMPT_TOKENS within the context. gpu_memory_bytes: of the GPU that tokens
+    are to fit on; None: not asked."""
 
     generated_tokens: int = 128
     gpu_memory_bytes: int | None = None
@@ -184,6 +186,7 @@ def _measures(
         tokens_that_fit=tokens_that_fit,
         tokens_per_s_alone=generation.tokens_per_s_alone,
         tokens_per_s_batch=generation.tokens_per_s_batch,
+        batch_size=len(generation.token_ids),
     )
 
 

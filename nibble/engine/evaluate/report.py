@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import msgspec
 
 from nibble.engine.evaluate.ladder import Measures
+from nibble.engine.evaluate.speed import BATCH
 
 MIB = 1 << 20
 LABELS = (
@@ -21,7 +22,7 @@ LABELS = (
     "KV bytes per token",
     "tokens that fit",
     "tokens/s, one request",
-    "tokens/s, batch",
+    f"tokens/s, {BATCH} at once",
 )
 _BAR_WIDTH, _BAR_HEIGHT, _LABEL_WIDTH, _VALUE_WIDTH = 360, 22, 190, 90  # pixels
 
@@ -30,9 +31,29 @@ table { border-collapse: collapse; } td, th { padding: .3em .7em; text-align: ri
 td:first-child, th:first-child { text-align: left; } .best { background: #e8f4e8; } svg text { font-size: 13px; }"""
 
 
-def to_json(title: str, results: list[Measures], best: Measures, max_mean_kl: float) -> bytes:
+@dataclass(frozen=True)
+class Subject:
+    """What was measured, and on what. quantized: the 4-bit checkpoint. text: a file's name. device: cpu or cuda."""
+
+    model: str
+    quantized: str
+    text: str
+    num_sequences: int
+    sequence_tokens: int
+    generated_tokens: int
+    device: str
+
+    def __str__(self) -> str:
+        return (
+            f"Predictions on {self.num_sequences} sequences of {self.sequence_tokens} tokens of {self.text}; "
+            f"{self.generated_tokens} tokens generated from each prompt. INT4 weights: {self.quantized}. "
+            f"Device: {self.device}."
+        )
+
+
+def to_json(subject: Subject, results: list[Measures], best: Measures, max_mean_kl: float) -> bytes:
     value = {
-        "model": title,
+        **asdict(subject),
         "max_mean_kl": max_mean_kl,
         "recommended": best.name,
         "rungs": [asdict(each) for each in results],
@@ -58,7 +79,7 @@ def cells(each: Measures) -> tuple[str, ...]:
     )
 
 
-def to_html(title: str, results: list[Measures], best: Measures, max_mean_kl: float) -> str:
+def to_html(subject: Subject, results: list[Measures], best: Measures, max_mean_kl: float) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in LABELS)
     rows = "".join(
         f"<tr{' class=best' if each is best else ''}>"
@@ -75,11 +96,11 @@ def to_html(title: str, results: list[Measures], best: Measures, max_mean_kl: fl
             ("Tokens per second, one request at a time", [each.tokens_per_s_alone for each in results]),
         )
     )
-    name = html.escape(title)
+    name = html.escape(subject.model)
     return (
         f"<!DOCTYPE html><html lang=en><meta charset=utf-8><title>{name}</title><style>{_STYLE}</style>"
         f"<h1>{name}</h1><p>Recommended within a mean KL divergence of {max_mean_kl:g}: "
-        f"<b>{html.escape(best.name)}</b>.<table><tr>{head}</tr>{rows}</table>{plots}</html>\n"
+        f"<b>{html.escape(best.name)}</b>.<p>{html.escape(str(subject))}<table><tr>{head}</tr>{rows}</table>{plots}</html>\n"
     )
 
 

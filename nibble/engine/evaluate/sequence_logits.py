@@ -29,13 +29,13 @@ class SequenceLogits:
         self._model = model
         self._kernels = kernels = model.kernels
         layout, config = model.kv_layout, model.config
-        self._num_blocks = num_blocks_for(max_tokens)
+        self._max_tokens, self._num_blocks = max_tokens, num_blocks_for(max_tokens)
         shape = (config.num_layers, self._num_blocks, layout.num_kv_heads, layout.head_block_bytes)
         self._kv_cache = kernels.zeros(shape, np.uint8)
 
     def probe(self) -> None:
         """Compute what needs as much room for temporaries as anything that is computed."""
-        self._compute(np.zeros(CHUNK_TOKENS, np.int32), 0)
+        self._compute(np.zeros(min(CHUNK_TOKENS, self._max_tokens), np.int32), 0)
 
     def __call__(self, ids: npt.NDArray[np.int32]) -> Iterator[Tensor]:
         """Float32 (tokens, V), some tokens at a time, on the GPU where PyTorch sees it. In DECODE mode: as tokens are

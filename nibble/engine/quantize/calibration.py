@@ -56,7 +56,7 @@ def token_sequences(texts: list[str], tokenizer_file: Path, num_sequences: int, 
     encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     ids = torch.tensor([token for encoding in encodings for token in encoding.ids], dtype=torch.int64)
     if len(ids) < MIN_TOKENS:
-        raise CalibrationError(f"the calibration text has {len(ids)} tokens, the least is {MIN_TOKENS}")
+        raise CalibrationError(f"the text has {len(ids)} tokens, the least is {MIN_TOKENS}")
     length = min(length, len(ids))
     windows = ids[: len(ids) // length * length].view(-1, length)
     count = min(num_sequences, len(windows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,14 +16,18 @@ from hf_models import VOCAB_SIZE, random_hf_model, save_hf_model
 from model_logits import kl_divergence, transformers_logits
 from tiny_models import dequantized_linear
 
+from nibble.engine.checkpoint.errors import SourceError
 from nibble.engine.checkpoint.native import load_checkpoint
 from nibble.engine.evaluate.checkpoints import Pair, make_pair
 from nibble.engine.evaluate.ladder import Measures, Settings, measure, recommended, rungs_of
-from nibble.engine.evaluate.report import cells, to_html, to_json
+from nibble.engine.evaluate.report import Subject, cells, to_html, to_json
+from nibble.engine.evaluate.sequence_logits import SequenceLogits
 from nibble.engine.evaluate.speed import agreement
+from nibble.engine.model import DecoderModel
 from nibble.engine.quantize.options import KVScales, Method, Options
 from nibble.engine.quantize.quantize import quantize
 from nibble.kernels.cpu.backend import CPUKernels
+from nibble.kernels.layout import BLOCK_SIZE, KVDtype
 from nibble.kernels.pack import deinterleave_gate_up
 
 SEQUENCES = np.random.default_rng(0).integers(0, VOCAB_SIZE, (2, 100)).astype(np.int32)
@@ -116,16 +121,41 @@ def test_recommendation_is_the_smallest_within_the_limit(results: list[Measures]
 
 
 def test_report_has_all_rungs(results: list[Measures]) -> None:
-    value = msgspec.json.decode(to_json("tiny <model>", results, results[3], 0.1))
+    subject = Subject("tiny <model>", "tiny-w4", "a text", 2, 100, 16, "cpu")
+    value = msgspec.json.decode(to_json(subject, results, results[3], 0.1))
+    assert (value["model"], value["num_sequences"], value["max_mean_kl"]) == ("tiny <model>", 2, 0.1)
     assert [rung["name"] for rung in value["rungs"]] == [each.name for each in results]
     assert value["recommended"] == results[3].name
-    page = to_html("tiny <model>", results, results[3], 0.1)
+    page = to_html(subject, results, results[3], 0.1)
     assert "<model>" not in page
     for each in results:
         assert all(cell in page for cell in cells(each))
     plots = [ET.fromstring(part.partition("</svg>")[0].join(("<svg", "</svg>"))) for part in page.split("<svg")[1:]]
     assert len(plots) == 4
     assert all(len(plot.findall("rect")) == 4 for plot in plots)
+
+
+def test_probe_of_short_sequences_stays_within_their_cache(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels check no slots: beyond the cache is somebody else's memory."""
+    checkpoint = load_checkpoint(pair.reference)
+    layout = checkpoint.description.kv_layout(KVDtype.FP16)
+    model = DecoderModel(checkpoint.config, CPUKernels(), checkpoint, layout)
+    written: list[int] = []
+    append = CPUKernels.append_kv
+
+    def watched(kernels: CPUKernels, qkv: Any, slots: Any, *others: Any) -> None:
+        written.append(int(slots.max()))
+        append(kernels, qkv, slots, *others)
+
+    monkeypatch.setattr(CPUKernels, "append_kv", watched)
+    SequenceLogits(model, 65).probe()
+    assert 0 <= max(written) < 2 * BLOCK_SIZE
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path, pair: Pair) -> None:
+    source = save_hf_model(random_hf_model("llama", num_hidden_layers=1), tmp_path / "other")
+    with pytest.raises(SourceError, match="num_layers is 2, not 1"):
+        make_pair(source, pair.quantized, tmp_path / "cache", lambda out: None, silent)
 
 
 def test_tokens_that_fit_are_left_out_where_no_gpu_is_named(results: list[Measures]) -> None:
