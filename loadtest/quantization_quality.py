@@ -1,8 +1,8 @@
 """Perplexity and KL divergence of quantised linears and of a KV cache, simulated in float32; the head is kept.
 
-Of checkpoints that are there, and of methods that it quantises with first. The last row of each has its own embedding
-and head, and an INT8 KV cache: what is served, as `nibble ladder --sequence-tokens 1024` on the same text measures it
-in the engine.
+Of checkpoints that are there, in any format that is served (those of other quantisers too), and of methods that it
+quantises with first. The last row of each has its own embedding and head, and an INT8 KV cache: what is served, as
+`nibble ladder --sequence-tokens 1024` on the same text measures it in the engine.
 
 python -m loadtest.permuted_model MODEL.gguf PERMUTED
 python -m loadtest.quantization_quality PERMUTED --methods rtn sinq awq gptq awq-gptq \\
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nibble.engine.checkpoint.native import Checkpoint, load_checkpoint
+from nibble.engine.checkpoint.resolve import convert_model, is_native
 from nibble.engine.checkpoint.smooth_keys import SmoothKeySource
 from nibble.engine.checkpoint.source import Source, open_source
 from nibble.engine.evaluate.divergence import Comparison, Quality
@@ -151,6 +152,16 @@ def _rounded(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _matrix(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Its columns in the order of the inputs."""
+    stored = _stored_matrix(checkpoint, name)
+    if name not in checkpoint.description.ordered:
+        return stored
+    matrix = torch.empty_like(stored)
+    matrix[:, torch.from_numpy(checkpoint.array(f"{name}.order").astype(np.int64))] = stored
+    return matrix
+
+
+def _stored_matrix(checkpoint: Checkpoint, name: str) -> Tensor:
     weight = checkpoint.linear(name)
     if isinstance(weight, Int4Weight):
         shape = (weight.out_features, weight.in_features, weight.group_size)
@@ -190,6 +201,15 @@ def _print_checkpoint(name: str, simulation: Simulation, path: Path) -> None:
     _print(f"{name}, as served with an INT8 KV cache", served)
 
 
+def _print_converted(path: Path, simulation: Simulation) -> None:
+    if is_native(path):
+        return _print_checkpoint(path.name, simulation, path)
+    with TemporaryDirectory() as directory:
+        native = Path(directory) / "native"
+        convert_model(path, native, lambda stage, done: None)
+        _print_checkpoint(path.name, simulation, native)
+
+
 def _print_method(method: Method, simulation: Simulation, arguments: argparse.Namespace) -> None:
     with TemporaryDirectory() as directory:
         out = Path(directory) / method
@@ -224,7 +244,7 @@ def main() -> None:
                 "INT8 KV cache, per channel", simulation.quality(simulation.layers, simulation.calibrated(calibration))
             )
         for path in arguments.quantized:
-            _print_checkpoint(path.name, simulation, path)
+            _print_converted(path, simulation)
         for method in arguments.methods:
             _print_method(method, simulation, arguments)
 
