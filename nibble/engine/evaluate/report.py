@@ -28,7 +28,8 @@ _BAR_WIDTH, _BAR_HEIGHT, _LABEL_WIDTH, _VALUE_WIDTH = 360, 22, 190, 90  # pixels
 
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; } td, th { padding: .3em .7em; text-align: right; border-bottom: 1px solid #ddd; }
-td:first-child, th:first-child { text-align: left; } .best { background: #e8f4e8; } svg text { font-size: 13px; }"""
+td:first-child, th:first-child { text-align: left; white-space: nowrap; }
+.best { background: #e8f4e8; } svg text { font-size: 13px; }"""
 
 
 @dataclass(frozen=True)
