@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nibble.service.gateway.schema.sampling import MAX_LOGPROBS, Body, SamplingBody
+from nibble.service.gateway.schema.sampling import MAX_ITEMS, MAX_LOGPROBS, Body, SamplingBody, items, members
 
 MAX_TOOLS = 128
 
@@ -36,9 +36,9 @@ class ToolCall(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], items()] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], items()] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
@@ -70,7 +70,7 @@ class ToolReference(Body):
 
 class AllowedTools(Body):
     mode: Literal["auto", "required"]
-    tools: Annotated[list[ToolReference], Field(min_length=1, max_length=MAX_TOOLS)]
+    tools: Annotated[list[ToolReference], items(MAX_TOOLS, 1)]
 
 
 class ToolChoice(Body):
@@ -80,13 +80,13 @@ class ToolChoice(Body):
 
 
 class ChatCompletionRequest(SamplingBody):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], items(least=1)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     # what comes back
-    modalities: list[str] | None = None
+    modalities: Annotated[list[str], items()] | None = None
     audio: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
@@ -95,10 +95,10 @@ class ChatCompletionRequest(SamplingBody):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], items(MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[dict[str, Any]] | None = None
+    functions: Annotated[list[dict[str, Any]], items()] | None = None
     function_call: str | dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
@@ -109,5 +109,5 @@ class ChatCompletionRequest(SamplingBody):
     prompt_cache_key: Annotated[str, Field(max_length=256)] | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], members(MAX_ITEMS)] | None = None
     store: bool | None = None

@@ -10,16 +10,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nibble.service.gateway.schema.sampling import MAX_LOGPROBS, Body
+from nibble.service.gateway.schema.chat import MAX_TOOLS
+from nibble.service.gateway.schema.sampling import MAX_LOGPROBS, Body, items, members
 
 MAX_METADATA = 16
-Short = Annotated[str, Field(max_length=64)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=MAX_METADATA)
+]
 
 
 class ItemPart(Body):
     type: str
     text: str | None = None
     refusal: str | None = None
+
+
+Parts = Annotated[list[ItemPart], items()]
 
 
 class Item(Body):
@@ -29,12 +35,12 @@ class Item(Body):
     id: str | None = None
     status: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[ItemPart] | None = None
-    summary: list[ItemPart] | None = None
+    content: str | Parts | None = None
+    summary: Parts | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[ItemPart] | None = None
+    output: str | Parts | None = None
 
 
 class TextFormat(Body):
@@ -61,7 +67,7 @@ class ResponseStreamOptions(Body):
 
 class ResponseRequest(Body):
     model: str
-    input: str | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[list[Item], items(least=1)]
     instructions: str | None = None
     previous_response_id: str | None = None
 
@@ -74,19 +80,17 @@ class ResponseRequest(Body):
     text: TextConfig | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
-    include: list[str] | None = None
+    include: Annotated[list[str], items()] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     store: bool | None = None
-    metadata: Annotated[dict[Short, Annotated[str, Field(max_length=512)]], Field(max_length=MAX_METADATA)] | None = (
-        None
-    )
+    metadata: Annotated[Metadata, members(MAX_METADATA)] | None = None
     background: bool | None = None
     background_options: dict[str, Any] | None = None
     image: dict[str, Any] | None = None
     moderation: dict[str, Any] | None = None
 
     # tools and reasoning
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], items(MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: Annotated[int, Field(ge=1)] | None = None
@@ -96,7 +100,7 @@ class ResponseRequest(Body):
     truncation: Literal["auto", "disabled"] | None = None
     conversation: str | dict[str, Any] | None = None
     prompt: dict[str, Any] | None = None
-    context_management: list[dict[str, Any]] | None = None
+    context_management: Annotated[list[dict[str, Any]], items()] | None = None
 
     # who asks, and how urgently
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "standard"] | None = None

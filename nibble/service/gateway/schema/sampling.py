@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from nibble.engine.protocol import MAX_COUNT, MAX_PENALTY, MIN_REPETITION_PENALTY
+from nibble.engine.protocol import MAX_BAD_WORDS_TOKENS, MAX_COUNT, MAX_PENALTY, MIN_REPETITION_PENALTY
 from nibble.engine.protocol import MAX_LOGPROBS as ENGINE_MAX_LOGPROBS
 
 # OpenAI's own range is that of a signed 64-bit integer; the engine's key is unsigned, so both are taken.
@@ -16,10 +16,32 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 4096  # each choice holds a table as long as its stop strings
 MAX_LOGPROBS = ENGINE_MAX_LOGPROBS
 MAX_BIAS = 100
+MAX_ITEMS = 4096  # of lists that no other limit holds for: messages, parts of them
+MAX_IDS = 1 << 20
+MAX_CHOICE_TEXTS = 1 << 15
 MAX_PRIORITY = 4000  # with what a service tier adds, within what the queue takes
+
+
+def items(most: int = MAX_ITEMS, least: int | None = None) -> Any:
+    """How many a list may have. All lists of a body have this: pydantic looks at all of a list and notes each error,
+    which takes seconds for a body of some megabytes, and no other client is served in that time."""
+    return Field(min_length=least, max_length=most, fail_fast=True)
+
+
+def members(most: int) -> BeforeValidator:
+    """The same of a mapping; pydantic's own limit is looked at last."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise ValueError(f"object should have at most {most} members, not {len(value)}")
+        return value
+
+    return BeforeValidator(check)
+
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+LogitBias = dict[str, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -51,7 +73,7 @@ class StructuredOutputs(Body):
     json_schema: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], items(MAX_CHOICE_TEXTS)] | None = None
     grammar: str | None = None
 
 
@@ -67,16 +89,16 @@ class SamplingBody(Body):
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=MAX_PENALTY)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]] | None = None
-    allowed_token_ids: list[TokenId] | None = None
-    bad_words: list[StopString] | None = None
+    logit_bias: Annotated[LogitBias, members(MAX_ITEMS)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], items(MAX_IDS)] | None = None
+    bad_words: Annotated[list[StopString], items(MAX_BAD_WORDS_TOKENS)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
     # when to end
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: StopString | Annotated[list[StopString], items(MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], items(MAX_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
 
@@ -85,7 +107,7 @@ class SamplingBody(Body):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Annotated[list[str], items(MAX_CHOICE_TEXTS)] | None = None
     guided_grammar: str | None = None
 
     # what comes back

@@ -9,18 +9,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from nibble.service.gateway.schema.sampling import MAX_CHOICES, MAX_LOGPROBS, SamplingBody, TokenId
+from nibble.service.gateway.schema.sampling import MAX_CHOICES, MAX_IDS, MAX_LOGPROBS, SamplingBody, TokenId, items
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], items(MAX_IDS, 1)]
 MAX_PROMPTS = MAX_CHOICES
 
 
 class CompletionRequest(SamplingBody):
     prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        str | TokenIds | Annotated[list[str], items(MAX_PROMPTS, 1)] | Annotated[list[TokenIds], items(MAX_PROMPTS, 1)]
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from nibble.service.gateway.schema.chat import ChatCompletionRequest
-from nibble.service.gateway.schema.sampling import Body, TokenId
+from nibble.service.gateway.schema.sampling import MAX_IDS, Body, TokenId, items
 
 
 class TokenizeTextRequest(Body):
@@ -22,4 +24,4 @@ class TokenizeChatRequest(ChatCompletionRequest):
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], items(MAX_IDS)]
