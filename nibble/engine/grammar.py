@@ -188,6 +188,8 @@ class Constraints:
 
     def _compile(self, sequence: Sequence, spec: GrammarSpec, generated: list[int]) -> list[_Result]:
         """In a thread. The sequence is a mere name there."""
+        if sequence not in self._constraints:  # it ended while it waited for others
+            return []
         try:
             matcher = self._compiler.matcher(spec)
             is_special = self._compiler.tokenizer.is_special_token

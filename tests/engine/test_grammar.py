@@ -288,9 +288,13 @@ def test_a_grammar_that_was_not_checked_fails_its_request_alone(engine: LLMEngin
 class GatedCompiler(GrammarCompiler):
     """Makes no matcher before it is let."""
 
-    gate = threading.Event()
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory / "tokenizer.json", VOCAB_SIZE, [EOS])
+        self.gate = threading.Event()
+        self.asked: list[GrammarSpec] = []
 
     def matcher(self, spec: GrammarSpec) -> LLMatcher:
+        self.asked.append(spec)
         assert self.gate.wait(30)
         return super().matcher(spec)
 
@@ -299,7 +303,7 @@ def test_grammars_that_take_their_time_hold_up_nobody_else(tiny: Path) -> None:
     """Nor do they keep the engine from taking requests, or from making room for an urgent one."""
     kernels = LateKernels(num_threads=1)
     engine = LLMEngine.from_checkpoint(tiny, kernels, EngineLimits(6 * BLOCK_BYTES, max_num_sequences=4))
-    compiler = GatedCompiler(tiny / "tokenizer.json", VOCAB_SIZE, [EOS])
+    compiler = GatedCompiler(tiny)
     engine.constraints = Constraints(compiler)
     for i in range(4):
         engine.add(replace(request(f"slow{i}", GRAMMARS["regex"]), priority=-2))
@@ -314,6 +318,24 @@ def test_grammars_that_take_their_time_hold_up_nobody_else(tiny: Path) -> None:
     compiler.gate.set()
     while engine.has_unfinished:
         engine.step()
+    kernels.close()
+
+
+def test_the_grammars_of_requests_that_were_aborted_are_not_compiled(tiny: Path) -> None:
+    kernels = LateKernels(num_threads=1)
+    engine = LLMEngine.from_checkpoint(tiny, kernels, EngineLimits(PLENTY))
+    compiler = GatedCompiler(tiny)
+    engine.constraints = Constraints(compiler)
+    for name in GRAMMARS:
+        engine.add(request(name, GRAMMARS[name]))
+    while not compiler.asked:
+        engine.step()
+    for name in GRAMMARS:
+        engine.abort(name)
+    compiler.gate.set()
+    first, last = GRAMMARS["schema"], GRAMMARS["choice"]
+    assert run(engine, request("last", last))["last"].error is None
+    assert compiler.asked == [first, last]
     kernels.close()
 
 
