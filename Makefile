@@ -50,7 +50,7 @@ test-conformance: $(VENV)/dev.stamp ## Clients and tools of others against the A
 	$(BIN)/python -m pytest -m conformance -W default $(ARGS)
 
 test-dashboards: $(VENV)/dev.stamp ## Prometheus beside the live service: every panel and rule has data (apt install prometheus)
-	$(BIN)/python -m pytest -m dashboards $(ARGS)
+	$(BIN)/python -m pytest -m dashboards $(ARGS) tests/e2e/test_dashboards.py
 
 check-deploy: $(VENV)/dev.stamp ## hadolint and yamllint: Dockerfile, docker-compose.yml, rules, values of the chart
 	@$(PIP) install -r requirements/deploy.txt
