@@ -1,7 +1,8 @@
 """A model quantised by GPTQModel, a public quantiser, on the calibration sequences that `nibble quantize` would take.
 
 For `loadtest.quantization_quality`, in a row beside Nibble's own methods. GPTQModel is no dependency of Nibble's
-(`pip install gptqmodel`, here 7.6.0): GPTQ with its own order of columns and its own defaults, 4 bits, zero points.
+(`pip install gptqmodel`, here 7.6.0): GPTQ with its own order of columns and its own defaults, 4 bits, zero points. Its
+thread pools want more than the one worker that it gives them on two cores.
 
 python -m loadtest.gptqmodel_checkpoint PERMUTED OUT --calibration TEXT
 python -m loadtest.quantization_quality PERMUTED OUT --text wiki.test.raw
