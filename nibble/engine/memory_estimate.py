@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nibble.engine.block_manager import num_blocks_for
+from nibble.engine.checkpoint.configured_source import ConfiguredSource
 from nibble.engine.checkpoint.convert import describe
-from nibble.engine.checkpoint.hf_metadata import read_hf_config
-from nibble.engine.checkpoint.native import load_checkpoint
-from nibble.engine.checkpoint.resolve import is_native
+from nibble.engine.checkpoint.kind import Kind, kind_of
+from nibble.engine.checkpoint.native import read_description
 from nibble.engine.checkpoint.schema import (
     FORMAT_VERSION,
     Description,
@@ -35,7 +35,7 @@ DRIVER_BYTES = 640 << 20  # CUDA context and loaded kernels, measured on an H100
 SCRATCH_BYTES = 192 << 20  # partial sums of attention and linears, slabs of dequantised weights
 INT8_GROUP = 32
 COUNTER_BYTES = 8  # `DecoderModel.num_saturated`
-_ITEM_BYTES = {"F32": 4, "F16": 2, "U8": 1, "I8": 1}
+_ITEM_BYTES = {"F32": 4, "I32": 4, "F16": 2, "U8": 1, "I8": 1}
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,16 @@ def descriptions_of(path: Path, group_size: int) -> dict[str, Description]:
     """What a model can be served as, by name: as it is stored, if its weights are there, and quantised where they are
     in floating point. Of a Hugging Face directory `config.json` suffices. Reads no weights. Raises CheckpointError.
     """
-    if path.is_dir() and is_native(path):
-        return {"as stored": load_checkpoint(path).description}
-    has_weights = path.is_file() or any(path.glob("*.safetensors"))
-    if has_weights:
-        stored = describe(open_source(path))
-        if stored.int4 or stored.int8:
-            return {"as stored": stored}
-        config = stored.config
-    else:
-        config = read_hf_config(path)
+    kind = kind_of(path)
+    if kind is Kind.NATIVE:
+        return {"as stored": read_description(path)}
+    has_weights = kind is Kind.GGUF or any(path.glob("*.safetensors"))
+    stored = describe(open_source(path) if has_weights else ConfiguredSource(path))
+    if stored.int4 or stored.int8:
+        return {"as stored": stored}
     return {
-        "fp16": native_description(config, None),
-        f"int4 g{group_size}": native_description(config, group_size),
+        "fp16": native_description(stored.config, None),
+        f"int4 g{group_size}": native_description(stored.config, group_size),
     }
 
 

@@ -22,7 +22,7 @@ from nibble.engine.checkpoint.hf_config import write_hf_config
 from nibble.engine.checkpoint.native import write_checkpoint
 from nibble.engine.checkpoint.row_formats import GROUP_SIZE, common_format, round_to_int8, to_format
 from nibble.engine.checkpoint.schema import FORMAT_VERSION, Description, LinearFormat, linear_sizes
-from nibble.engine.checkpoint.source import Float16Rows, Floats, Int4Rows, RowFormat, Rows, Source
+from nibble.engine.checkpoint.source import Float16Rows, Floats, Int4Rows, RowFormat, Rows, Source, SourceFormats
 from nibble.engine.model_config import ModelConfig
 from nibble.kernels.pack import interleave_gate_up, pack_int4
 
@@ -83,7 +83,7 @@ def convert_checkpoint(
     _log_summary(source, linears)
 
 
-def describe(source: Source) -> Description:
+def describe(source: SourceFormats) -> Description:
     """What `convert_checkpoint` would write. Reads no weights. Raises CheckpointError."""
     return _description(source.config, _plan(source))
 
@@ -100,7 +100,7 @@ def _description(config: ModelConfig, linears: list[_Linear]) -> Description:
     )
 
 
-def _plan(source: Source) -> list[_Linear]:
+def _plan(source: SourceFormats) -> list[_Linear]:
     linears = [_plan_linear(source, name, size) for name, size in linear_sizes(source.config).items()]
     if all(linear.format.kind == "float16" for linear in linears):
         return linears
@@ -108,7 +108,7 @@ def _plan(source: Source) -> list[_Linear]:
     return [replace(linear, format=_INT8) if linear.name == head else linear for linear in linears]
 
 
-def _plan_linear(source: Source, name: str, size: tuple[int, int]) -> _Linear:
+def _plan_linear(source: SourceFormats, name: str, size: tuple[int, int]) -> _Linear:
     parts = _parts_of(name)
     for part in parts:
         if size[1] % GROUP_SIZE:

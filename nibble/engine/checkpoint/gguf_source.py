@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nibble.engine.checkpoint.errors import ConversionError, GGUFError, SourceError, UnsupportedModelError
-from nibble.engine.checkpoint.gguf import MAGIC, GGUFFile
+from nibble.engine.checkpoint.errors import ConversionError, GGUFError, UnsupportedModelError
+from nibble.engine.checkpoint.gguf import GGUFFile
 from nibble.engine.checkpoint.gguf_metadata import gguf_name, read_config
 from nibble.engine.checkpoint.gguf_rows import read_rows, row_format
 from nibble.engine.checkpoint.source import Floats, RowFormat, Rows, select_rows, tensor_shapes
@@ -81,15 +81,6 @@ class GGUFSource:
         for name in self._file.tensors:
             if name not in expected:
                 raise UnsupportedModelError(f"{self.label}: tensor {name} belongs to a feature that is not supported")
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a file begins like one. Raises SourceError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def rotate_half_rows(num_heads: int, head_dim: int) -> npt.NDArray[np.intp]:

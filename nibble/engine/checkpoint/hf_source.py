@@ -1,6 +1,6 @@
 """A Hugging Face directory: config.json, safetensors (one file or shards), tokenizer.json and its companions.
 
-How quantised linears are packed is `packed_int4.py`'s. Pickled weights (pytorch_model.bin) are never opened.
+How quantised linears are packed is `packed_linears.py`'s. Pickled weights (pytorch_model.bin) are never opened.
 """
 
 from __future__ import annotations
@@ -12,19 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nibble.engine.checkpoint.configured_source import unsupported_groups
 from nibble.engine.checkpoint.errors import ConversionError, SourceError, UnsupportedModelError
 from nibble.engine.checkpoint.hf_metadata import read_hf_config
 from nibble.engine.checkpoint.hf_tokenizer import write_hf_tokenizer
-from nibble.engine.checkpoint.packed_int4 import (
-    PER_WORD,
-    Packing,
-    Tensor,
-    column_order,
-    native_group_size,
-    num_groups,
-    to_int4,
-)
-from nibble.engine.checkpoint.quantization_config import read_packing
+from nibble.engine.checkpoint.packed_linears import Packing, Tensor, column_order, num_groups, row_format, to_rows
+from nibble.engine.checkpoint.quantization_config import read_quantization
 from nibble.engine.checkpoint.row_formats import chunks_of, dequantize_rows
 from nibble.engine.checkpoint.shards import Shards
 from nibble.engine.checkpoint.source import (
@@ -48,7 +41,7 @@ class HuggingFaceSource:
         self._directory = directory
         self.label = directory.name
         self.config = read_hf_config(directory)
-        self._packing = read_packing(directory)
+        self._quantization = read_quantization(directory)
         if not (directory / "tokenizer.json").is_file():
             raise SourceError(f"{directory}: tokenizer.json is missing (tokenizer.model alone is not supported)")
         self._shards = Shards(directory)
@@ -69,15 +62,19 @@ class HuggingFaceSource:
         packing = self._packing_of(name)
         if packing is None:
             return RowFormat("float16")
-        group_size = native_group_size(self._shapes[name][1], packing.group_size)
-        assert group_size is not None, f"{name} was checked to have groups"
-        return RowFormat("int4", group_size)
+        form = row_format(packing, *self._shapes[name])
+        assert form is not None, f"{name} was checked to have groups"
+        return form
 
     def rows(self, name: str) -> Rows:
         packing = self._packing_of(name)
         if packing is None:
             return Float16Rows(self._float16(name))
-        return to_int4(packing.unpack(self._reader(name)), self.column_order(name), self.format(name).group_size)
+        packed, order = packing.unpack(self._reader(name)), self.column_order(name)
+        try:
+            return to_rows(packed, order, self.format(name))
+        except ValueError as error:
+            raise UnsupportedModelError(f"{self.label}: tensor {_sibling(name, packing.marker)} {error}") from None
 
     def column_order(self, name: str) -> npt.NDArray[np.int32] | None:
         packing = self._packing_of(name)
@@ -91,7 +88,7 @@ class HuggingFaceSource:
 
     def stored_type(self, name: str) -> str:
         packing = self._packing_of(name)
-        return self._shards.spec(name).dtype if packing is None else type(packing).__name__
+        return self._shards.spec(name).dtype if packing is None else f"{type(packing).__name__}-{packing.bits}"
 
     def stored_bytes(self, name: str) -> int:
         packing = self._packing_of(name)
@@ -101,9 +98,9 @@ class HuggingFaceSource:
         write_hf_tokenizer(self._directory, directory)
 
     def _packing_of(self, name: str) -> Packing | None:
-        if self._packing is not None and self._shards.has(_sibling(name, self._packing.marker)):
-            return self._packing
-        return None
+        if self._quantization is None or not self._shards.has(_sibling(name, self._quantization.packing.marker)):
+            return None
+        return self._quantization.of_packed(name.removesuffix(".weight"))
 
     def _reader(self, name: str) -> Callable[[str], npt.NDArray[Any]]:
         def get(suffix: str) -> npt.NDArray[Any]:
@@ -154,16 +151,12 @@ class HuggingFaceSource:
         """-> the names of what it is made of."""
         packing = self._packing_of(name)
         assert packing is not None, f"{name} is packed"
-        num_rows, num_columns = shape
-        if num_rows % PER_WORD or native_group_size(num_columns, packing.group_size) is None:
-            raise UnsupportedModelError(
-                f"{self.label}: tensor {_sibling(name, packing.marker)}: a linear of {num_rows} x {num_columns} with "
-                f"groups of {packing.group_size} is not supported, only groups of a multiple of 32 that divide it"
-            )
+        if row_format(packing, *shape) is None:
+            raise unsupported_groups(self.label, _sibling(name, packing.marker), shape, packing)
         parts = {_sibling(name, suffix): tensor for suffix, tensor in packing.tensors(*shape).items()}
         groups = _sibling(name, packing.groups)
         if self._shards.has(groups):
-            parts[groups] = Tensor(("I32",), (num_columns,))
+            parts[groups] = Tensor(("I32",), shape[1:])
         for part, tensor in parts.items():
             self._check_spec(part, tensor)
         return set(parts)
@@ -184,7 +177,7 @@ class HuggingFaceSource:
         if name == "lm_head.weight" or name.endswith(_IGNORED_ENDINGS):  # of a tied model, the embedding once more
             return True
         # Quantisers write biases where the model has none.
-        return self._packing is not None and name.endswith(".bias") and not self._shards.array(name).any()
+        return self._quantization is not None and name.endswith(".bias") and not self._shards.array(name).any()
 
 
 def _sibling(name: str, suffix: str) -> str:

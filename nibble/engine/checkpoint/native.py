@@ -62,24 +62,21 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     """
     path = directory / WEIGHTS_FILE
     file = SafetensorsFile(path)
-    description = _read_description(file, path)
-    try:
-        expected = tensor_specs(description)
-    except NativeFormatError as error:
-        raise NativeFormatError(f"{path}: {error}") from None
-    for name, spec in expected.items():
-        _check_tensor(file, name, spec, path)
-    for name in file.specs:
-        if name not in expected:
-            raise NativeFormatError(f"{path}: tensor {name} is not part of this model")
+    description = _checked_description(file, path)
     for name in description.ordered:  # kernels read where it says
         order = file.array(f"{name}.order")
         if not np.array_equal(np.sort(order), np.arange(len(order))):
             raise NativeFormatError(f"{path}: tensor {name}.order is not an order of {len(order)} columns")
-    for name in expected:
+    for name in file.specs:
         if name.endswith(".kv_channels"):
             _check_channels(file.array(name), f"{path}: tensor {name}")
     return Checkpoint(description, file)
+
+
+def read_description(directory: Path) -> Description:
+    """As `load_checkpoint`, but reads the header alone."""
+    path = directory / WEIGHTS_FILE
+    return _checked_description(SafetensorsFile(path), path)
 
 
 def write_checkpoint(
@@ -109,6 +106,21 @@ def write_checkpoint(
     )
     metadata = {"format": "nibble", METADATA_KEY: msgspec.json.encode(description).decode()}
     write_safetensors(directory / WEIGHTS_FILE, tensor_specs(description), metadata, arrays)
+
+
+def _checked_description(file: SafetensorsFile, path: Path) -> Description:
+    """Whose tensors are there, and no others."""
+    description = _read_description(file, path)
+    try:
+        expected = tensor_specs(description)
+    except NativeFormatError as error:
+        raise NativeFormatError(f"{path}: {error}") from None
+    for name, spec in expected.items():
+        _check_tensor(file, name, spec, path)
+    for name in file.specs:
+        if name not in expected:
+            raise NativeFormatError(f"{path}: tensor {name} is not part of this model")
+    return description
 
 
 def _read_description(file: SafetensorsFile, path: Path) -> Description:

@@ -13,16 +13,14 @@ from pathlib import Path
 from nibble.engine.checkpoint.cache import exclusive, partial_directory, publish
 from nibble.engine.checkpoint.convert import Progress, convert_checkpoint
 from nibble.engine.checkpoint.errors import ConversionError, NativeFormatError, SafetensorsError, SourceError
-from nibble.engine.checkpoint.gguf_source import is_gguf
-from nibble.engine.checkpoint.native import METADATA_KEY, WEIGHTS_FILE, load_checkpoint
-from nibble.engine.checkpoint.safetensors_file import read_metadata
+from nibble.engine.checkpoint.kind import Kind, kind_of
+from nibble.engine.checkpoint.native import WEIGHTS_FILE, load_checkpoint
 from nibble.engine.checkpoint.schema import FORMAT_VERSION
 from nibble.engine.checkpoint.smooth_keys import SmoothKeySource
 from nibble.engine.checkpoint.source import open_source
 
 FILES = (WEIGHTS_FILE, "config.json", "tokenizer.json", "tokenizer_config.json")
 CONVERSION_VERSION = 2  # part of the cache's key: raise it whenever a model would be converted to something better
-_SUPPORTED = "supported are a GGUF file, a Hugging Face directory and a directory that Nibble converted"
 _HUGGING_FACE_PATTERNS = ("*.json", "*.jinja", "*.safetensors")
 _NUM_SAMPLES = 64
 _SAMPLE_BYTES = 16 << 10  # 1 MiB of each file: some milliseconds, however large it is
@@ -91,25 +89,13 @@ def _is_usable(target: Path) -> bool:
 
 def is_native(source: Path) -> bool:
     """Whether a worker and a gateway can be started on it as it is. Raises CheckpointError for what is no model."""
-    if not source.exists():
-        raise SourceError(f"{source}: there is no such file or directory")
-    if not source.is_dir():
-        if not is_gguf(source):
-            raise SourceError(f"{source}: is not a GGUF file; {_SUPPORTED}")
+    if kind_of(source) is not Kind.NATIVE:
         return False
-    weights = source / WEIGHTS_FILE
-    if weights.is_file() and METADATA_KEY in read_metadata(weights):
-        load_checkpoint(source)
-        for name in FILES:
-            if not (source / name).is_file():
-                raise SourceError(f"{source}: {name} is missing")
-        return True
-    if (source / "config.json").is_file():
-        return False
-    gguf_files = sorted(source.glob("*.gguf"))
-    if gguf_files:
-        raise SourceError(f"{source}: is a directory; name the GGUF file in it, such as {gguf_files[0]}")
-    raise SourceError(f"{source}: holds no model; {_SUPPORTED}")
+    load_checkpoint(source)
+    for name in FILES:
+        if not (source / name).is_file():
+            raise SourceError(f"{source}: {name} is missing")
+    return True
 
 
 def _name_of(source: Path) -> str:

@@ -54,7 +54,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SafetensorsFile:
     """A memory-mapped file. The map lives as long as this object or any array made from it.
 
-    Any safetensors file, ours or not: where tensors begin is the caller's to check.
+    Any safetensors file, ours or not: where tensors begin (`starts`, in bytes) is the caller's to check.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,13 +66,13 @@ class SafetensorsFile:
         _check_extents(entries, len(self._map) - data_start, path.name)
         entries = {name: entry for name, entry in entries.items() if not name.startswith(_PADDING_PREFIX)}
         self.specs = {name: TensorSpec(entry.dtype, entry.shape) for name, entry in entries.items()}
-        self._starts = {name: data_start + entry.data_offsets[0] for name, entry in entries.items()}
+        self.starts = {name: data_start + entry.data_offsets[0] for name, entry in entries.items()}
 
     def array(self, name: str) -> npt.NDArray[Any]:
         """A read-only view of the map."""
         spec = self.specs[name]
         count = math.prod(spec.shape)
-        flat = np.frombuffer(self._map, dtype=_DTYPES[spec.dtype], count=count, offset=self._starts[name])
+        flat = np.frombuffer(self._map, dtype=_DTYPES[spec.dtype], count=count, offset=self.starts[name])
         return flat.reshape(spec.shape)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from nibble.engine.checkpoint.errors import SourceError
 from nibble.engine.model_config import ModelConfig
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -51,11 +52,8 @@ class RowFormat:
     group_size: int = 0
 
 
-class Source(Protocol):
-    """One checkpoint, checked when it is opened: exactly the tensors of its config are there, in the right shapes.
-
-    All methods raise CheckpointError, naming the tensor, for what is damaged or cannot be read.
-    """
+class SourceFormats(Protocol):
+    """What can be known of a checkpoint without its weights. Methods raise CheckpointError, naming the tensor."""
 
     @property
     def label(self) -> str:
@@ -64,17 +62,25 @@ class Source(Protocol):
     @property
     def config(self) -> ModelConfig: ...
 
+    def format(self, name: str) -> RowFormat:
+        """What `Source.rows` will give for a matrix."""
+
+    def column_order(self, name: str) -> npt.NDArray[np.int32] | None:
+        """Column j of `Source.rows` is column order[j] of the matrix; None: they are in order."""
+
+
+class Source(SourceFormats, Protocol):
+    """One checkpoint, checked when it is opened: exactly the tensors of its config are there, in the right shapes.
+
+    All methods raise CheckpointError, naming the tensor, for what is damaged or cannot be read.
+    """
+
     def floats(self, name: str, rows: slice = slice(None)) -> Floats:
         """The tensor of this name in `tensor_shapes`, or some rows of a matrix, as new finite float32."""
 
-    def format(self, name: str) -> RowFormat:
-        """What `rows` will give for a matrix, without reading it."""
-
     def rows(self, name: str) -> Rows:
-        """The matrix of this name in the form that loses nothing, or as little as there is; see `column_order`."""
-
-    def column_order(self, name: str) -> npt.NDArray[np.int32] | None:
-        """Column j of `rows` is column order[j] of the matrix; None: they are in order. `floats` always are."""
+        """The matrix of this name in the form that loses nothing, or as little as there is, its columns in
+        `column_order` (those of `floats` are always in order)."""
 
     def stored_type(self, name: str) -> str:
         """What the format calls the type of a tensor, for people."""
@@ -90,7 +96,12 @@ def open_source(path: Path) -> Source:
 
     Raises SourceError where it is neither, other CheckpointErrors where it is damaged or of an unsupported model.
     """
-    if path.is_dir():
+    from nibble.engine.checkpoint.kind import Kind, kind_of
+
+    kind = kind_of(path)
+    if kind is Kind.NATIVE:
+        raise SourceError(f"{path}: is a checkpoint that Nibble made; name the model that it was made of")
+    if kind is Kind.HUGGING_FACE:
         from nibble.engine.checkpoint.hf_source import HuggingFaceSource
 
         return HuggingFaceSource(path)

@@ -1,4 +1,4 @@
-"""AWQ, GPTQ and compressed-tensors checkpoints: their numbers, and the logits of the converted model."""
+"""AWQ, GPTQ, AutoRound and compressed-tensors checkpoints: their numbers, and the logits of the converted model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,27 @@ import safetensors.torch
 import torch
 from architectures import check_logits
 from hf_models import random_hf_model
-from packed_models import Quantized, Tensors, awq, compressed_tensors, gptq, gptq_v2, save_packed_model
+from packed_models import (
+    Quantized,
+    Tensors,
+    awq,
+    compressed_tensors,
+    gptq,
+    gptq_v2,
+    gptq_without_order,
+    save_packed_model,
+)
 from transformers import PreTrainedModel
 
 from nibble.engine.checkpoint.convert import convert_checkpoint
 from nibble.engine.checkpoint.errors import CheckpointError, ConversionError, SourceError, UnsupportedModelError
 from nibble.engine.checkpoint.native import load_checkpoint
 from nibble.engine.checkpoint.source import open_source
+from nibble.engine.memory_estimate import descriptions_of, weight_bytes
+from nibble.engine.model import DecoderModel
 from nibble.kernels.cpu.backend import CPUKernels
-from nibble.kernels.interface import Int4Weight, Mode
+from nibble.kernels.interface import Int4Weight, Int8Weight, Mode
+from nibble.kernels.layout import KVDtype
 
 AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
 GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": 32}
@@ -42,9 +54,43 @@ class Format:
     symmetric: bool = False
     reordered: bool = False
     model_type: str = "llama"
+    bits: Callable[[str], int] = lambda linear: 4
+
+
+AUTO_ROUND_CONFIG = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    "bits": 4,
+    "group_size": 32,
+    "data_type": "int",
+    "sym": True,
+    "block_name_to_quantize": "model.layers",
+}
+DOWN_8, UP_16 = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"
+MIXED = {"extra_config": {DOWN_8: {"bits": 8}, r"layers\.1\.mlp\.up_.*": {"bits": 16, "data_type": "float"}}}
+
+
+def mixed_bits(linear: str) -> int:
+    return {DOWN_8: 8, UP_16: 16}.get(linear, 4)
 
 
 FORMATS = {
+    "auto-round": Format(gptq_without_order, AUTO_ROUND_CONFIG, symmetric=True),
+    "auto-round, asym": Format(gptq_v2, {**AUTO_ROUND_CONFIG, "packing_format": "auto_round:gptqmodel"}),
+    "auto-round, awq": Format(awq, {**AUTO_ROUND_CONFIG, "packing_format": "auto_round:auto_awq"}),
+    "auto-round, mixed": Format(
+        gptq_without_order, {**AUTO_ROUND_CONFIG, **MIXED}, symmetric=True, bits=mixed_bits, model_type="qwen3"
+    ),
+    "gptq, 8 bits": Format(gptq, {**GPTQ_CONFIG, "bits": 8}, symmetric=True, bits=lambda linear: 8),
+    "gptq, dynamic": Format(
+        gptq,
+        {**GPTQ_CONFIG, "dynamic": {r"+:.*\.0\.mlp\.down": {"bits": 8}, r"-:.*\.1\.mlp\.up": {}}},
+        symmetric=True,
+        bits=mixed_bits,
+    ),
+    "compressed-tensors, 8 bits": Format(
+        compressed_tensors, compressed_config(num_bits=8, group_size=64), 64, symmetric=True, bits=lambda linear: 8
+    ),
     "awq": Format(awq, AWQ_CONFIG, 64, model_type="qwen2"),
     "awq, sym": Format(awq, {**AWQ_CONFIG, "zero_point": False}, 64, symmetric=True),
     "gptq, sym": Format(gptq, GPTQ_CONFIG, symmetric=True),
@@ -76,6 +122,7 @@ def save(name: str, directory: Path) -> tuple[PreTrainedModel, dict[str, Quantiz
         group_size=form.group_size,
         symmetric=form.symmetric,
         reordered=form.reordered,
+        bits=form.bits,
     )
     return model, quantized
 
@@ -86,12 +133,12 @@ def kernels() -> CPUKernels:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_numbers_and_logits_are_those_that_were_packed(tmp_path: Path, kernels: CPUKernels, name: str) -> None:
+def test_numbers_logits_and_plan_are_those_of_what_was_packed(tmp_path: Path, kernels: CPUKernels, name: str) -> None:
     model, quantized = save(name, tmp_path / "source")
     source = open_source(tmp_path / "source")
     for tensor, linear in quantized.items():
         # scale * zero, the minimum, is rounded to fp16: by half a unit of 15 scales at most
-        bound = linear.scale.astype(np.float32).max() * 15 * 2.0**-11
+        bound = np.abs(linear.scale).astype(np.float32).max() * 15 * 2.0**-11
         np.testing.assert_allclose(
             source.floats(tensor), linear.weights(), rtol=0, atol=bound if not FORMATS[name].symmetric else 0
         )
@@ -99,9 +146,16 @@ def test_numbers_and_logits_are_those_that_were_packed(tmp_path: Path, kernels: 
     native.mkdir()
     convert_checkpoint(source, native, lambda stage, done: None)
     checkpoint = load_checkpoint(native)
-    assert all(
-        isinstance(checkpoint.linear(f"layers.1.{stem}"), Int4Weight) for stem in ("qkv", "o", "gate_up", "down")
-    )
+    for stem, part in (("qkv", "self_attn.q"), ("o", "self_attn.o"), ("gate_up", "mlp.up"), ("down", "mlp.down")):
+        for layer in (0, 1):
+            is_int4 = FORMATS[name].bits(f"model.layers.{layer}.{part}_proj") == 4
+            assert isinstance(checkpoint.linear(f"layers.{layer}.{stem}"), Int4Weight if is_int4 else Int8Weight)
+    assert descriptions_of(tmp_path / "source", 128) == {"as stored": checkpoint.description}
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "config.json").write_bytes((tmp_path / "source" / "config.json").read_bytes())
+    assert descriptions_of(tmp_path / "config", 128) == {"as stored": checkpoint.description}
+    served = DecoderModel.load(kernels, checkpoint, KVDtype.INT8)
+    assert served.weight_bytes == weight_bytes(checkpoint.description)
     assert checkpoint.has("layers.0.o.order") == FORMATS[name].reordered
     check_logits(
         kernels, native, model, Mode.DECODE, 5e-2
@@ -168,6 +222,18 @@ def test_reordered_linears_that_fp16_does_not_hold_are_refused(tmp_path: Path) -
         convert_checkpoint(open_source(tmp_path), tmp_path / "native", lambda stage, done: None)
 
 
+def test_zeros_that_int8_has_not_are_refused_by_name(tmp_path: Path) -> None:
+    save("gptq, 8 bits", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["model.layers.0.mlp.up_proj.qzeros"] += 1
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(
+        UnsupportedModelError, match=r"tensor model\.layers\.0\.mlp\.up_proj\.qweight has 8 bits and zero"
+    ):
+        open_source(tmp_path).rows("model.layers.0.mlp.up_proj.weight")
+
+
 Tensor = dict[str, torch.Tensor]
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -186,7 +252,7 @@ def set_tensor(part: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Calla
     [
         (set_option(quant_method="hqq"), UnsupportedModelError, "quant_method 'hqq' is not supported, only awq, gptq"),
         (set_option(quant_method={}), UnsupportedModelError, "quant_method {} is not supported, only awq, gptq"),
-        (set_option(bits=3), UnsupportedModelError, "bits 3 is not supported, only 4"),
+        (set_option(bits=3), UnsupportedModelError, "bits 3 is not supported, only 4, 8"),
         (set_option(checkpoint_format="marlin"), UnsupportedModelError, "checkpoint_format 'marlin' is not supported"),
         (set_option(group_size=0), UnsupportedModelError, "group_size 0 is not supported"),
         (set_option(group_size=16), UnsupportedModelError, "with groups of 16 is not supported"),
@@ -234,9 +300,19 @@ def test_what_does_not_fit_is_refused_by_name(
         ({**AWQ_CONFIG, "version": "gemv"}, "version 'gemv' is not supported, only 'gemm', 'GEMM'"),
         ({**AWQ_CONFIG, "zero_point": "no"}, "zero_point 'no' is not supported, only True, False"),
         (
-            {**GPTQ_CONFIG, "dynamic": {"-:.*down.*": {}, "lm_head": {"bits": 8, "group_size": 32}}},
-            "dynamic 'lm_head': bits 8 is not supported, only 4",
+            {**GPTQ_CONFIG, "dynamic": {"-:.*down.*": {}, "lm_head": {"bits": 3, "group_size": 32}}},
+            "dynamic 'lm_head': bits 3 is not supported, only 4, 8",
         ),
+        ({**GPTQ_CONFIG, "dynamic": {"(a+)+$": {"bits": 8}}}, "the pattern '^(?:(a+)+$)' of names is not supported"),
+        ({**GPTQ_CONFIG, "dynamic": {"(": {"bits": 8}}}, "the pattern '^(?:()' of names is not supported"),
+        ({**GPTQ_CONFIG, "dynamic": {"a": 8}}, "dynamic {'a': 8} is not supported, only objects of options"),
+        ({**AUTO_ROUND_CONFIG, "packing_format": "auto_round:fp8"}, "packing_format 'auto_round:fp8' is not supported"),
+        ({**AUTO_ROUND_CONFIG, "data_type": "mx_fp"}, "data_type 'mx_fp' is not supported, only 'int'"),
+        ({**AUTO_ROUND_CONFIG, "act_bits": 8}, "act_bits 8 is not supported, only 16"),
+        ({**AUTO_ROUND_CONFIG, "bits": 2}, "bits 2 is not supported, only 4, 8"),
+        ({**AUTO_ROUND_CONFIG, "bits": True}, "bits True is not supported, only 4, 8"),
+        ({**AUTO_ROUND_CONFIG, "extra_config": {DOWN_8: {"bits": 2}}}, f"extra_config '{DOWN_8}': bits 2 is not supp"),
+        ({**AUTO_ROUND_CONFIG, "rotation_config": {"x": 1}}, "rotation_config {'x': 1} is not supported, only {}"),
         ({**compressed_config(), "format": "marlin-24"}, "format 'marlin-24' is not supported, only 'pack-quantized'"),
         ({**compressed_config(), "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme {'num_bits': 8} is not supp"),
         (
@@ -244,7 +320,8 @@ def test_what_does_not_fit_is_refused_by_name(
             "transform_config {'config_groups'",
         ),
         ({**compressed_config(), "config_groups": {}}, "config_groups {} is not supported, only one group"),
-        (compressed_config(num_bits=8), "weights: num_bits 8 is not supported, only 4"),
+        (compressed_config(num_bits=2), "weights: num_bits 2 is not supported, only 4, 8"),
+        (compressed_config(symmetric="no"), "weights: symmetric 'no' is not supported, only True, False"),
         (compressed_config(type="float"), "weights: type 'float' is not supported, only 'int'"),
         (compressed_config(strategy="tensor"), "weights: strategy 'tensor' is not supported, only 'group', 'channel'"),
     ],
