@@ -24,6 +24,7 @@ ModelOption = Annotated[
     Path | None,
     typer.Option("--model", "-m", help=f"{MODEL_KINDS}. Default: a small demo model."),
 ]
+ModelArgument = Annotated[Path, typer.Argument(help=f"{MODEL_KINDS}.")]
 
 
 @app.command()
@@ -86,7 +87,7 @@ def chat(
 
 @app.command()
 def convert(
-    model: Annotated[Path, typer.Argument(help="A GGUF file or a Hugging Face directory.")],
+    model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="The native checkpoint directory to make.")],
 ) -> None:
     """Convert a model to the native format. `nibble serve` does this by itself and keeps the result."""
@@ -94,12 +95,14 @@ def convert(
 
     from nibble.engine.checkpoint.errors import CheckpointError
     from nibble.engine.checkpoint.resolve import convert_model
+    from nibble.service.hub_model import HubModelError, local_model
     from nibble.service.launcher.model import progress_bar
 
+    _require_absent(output)
     try:
         with progress_bar(Console(stderr=True)) as report:
-            convert_model(model, output, report)
-    except CheckpointError as error:
+            convert_model(local_model(model, report), output, report)
+    except (CheckpointError, HubModelError) as error:
         _fail(str(error))
 
 
@@ -123,7 +126,7 @@ def prepare(
 
 @app.command()
 def quantize(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a GGUF file.")],
+    model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="The native checkpoint directory to make.")],
     method: Annotated[
         str, typer.Option(help="rtn or sinq (need no text), awq, gptq, or awq-gptq: both of these, and the best.")
@@ -146,6 +149,7 @@ def quantize(
     from nibble.engine.checkpoint.errors import CheckpointError
     from nibble.engine.quantize.errors import OptionError, QuantizeError
     from nibble.engine.quantize.options import KVScales, Method, Options
+    from nibble.service.hub_model import HubModelError, local_model
     from nibble.service.launcher.model import progress_bar
 
     try:
@@ -154,19 +158,20 @@ def quantize(
         )
         from nibble.engine.quantize.quantize import quantize as run
 
+        _require_absent(output)
         with progress_bar(Console(stderr=True)) as report:
-            run(model, output, options, report)
+            run(local_model(model, report), output, options, report)
     except ModuleNotFoundError as error:
         _fail(f"quantising needs the package {error.name}: pip install 'nibble[quantize]'")
     except OptionError as error:
         _fail(str(error), exit_code=2)
-    except (CheckpointError, QuantizeError, OSError) as error:
+    except (CheckpointError, HubModelError, QuantizeError, OSError) as error:
         _fail(str(error))
 
 
 @app.command()
 def ladder(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face directory or a GGUF file.")],
+    model: ModelArgument,
     quantized: Annotated[
         Path | None,
         typer.Option(help="The 4-bit checkpoint. [default: the model if it is one, else made and kept]"),
@@ -186,6 +191,7 @@ def ladder(
     from nibble.engine.errors import EngineError
     from nibble.engine.quantize.errors import QuantizeError
     from nibble.ladder import Request, run_ladder
+    from nibble.service.hub_model import HubModelError
     from nibble.service.settings import SettingsError
 
     try:
@@ -206,29 +212,30 @@ def ladder(
         _fail(f"the ladder needs the package {error.name}: pip install 'nibble[quantize]'")
     except SettingsError as error:
         _fail(str(error), exit_code=2)
-    except (CheckpointError, EngineError, QuantizeError, OSError) as error:
+    except (CheckpointError, EngineError, HubModelError, QuantizeError, OSError) as error:
         _fail(str(error))
 
 
 @app.command()
 def plan(
-    model: Annotated[
-        Path, typer.Argument(help="A model, or a directory with the config.json of one that is not downloaded yet.")
-    ],
+    model: ModelArgument,
     gpu_memory: Annotated[str, typer.Option(help="The GPU's memory, such as 24GiB.")],
     group_size: Annotated[int, typer.Option(help="Of INT4 weights: 32, 64 or 128.")] = 128,
-    utilization: Annotated[float, typer.Option(min=0.1, max=1.0, help="Share of the memory to use.")] = 0.9,
+    utilization: Annotated[
+        float | None, typer.Option(min=0.1, max=1.0, help="Share of the memory to use. [default: 0.9]")
+    ] = None,
 ) -> None:
-    """Say what fits on a GPU: weights, KV cache, tokens. Loads nothing."""
+    """Say what fits on a GPU: weights, KV cache, tokens. Fetches and loads no weights; a config.json suffices."""
     from nibble.engine.checkpoint.errors import CheckpointError
     from nibble.ladder import print_plan
+    from nibble.service.hub_model import HubModelError
     from nibble.service.settings import SettingsError
 
     try:
         print_plan(model, gpu_memory, group_size, utilization)
     except SettingsError as error:
         _fail(str(error), exit_code=2)
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, HubModelError, OSError) as error:
         _fail(str(error))
 
 
@@ -268,6 +275,11 @@ def print_version() -> None:
         typer.echo(f"nibble {version('nibble')}")
     except PackageNotFoundError:
         typer.echo("nibble, run from a source tree that is not installed")
+
+
+def _require_absent(output: Path) -> None:
+    if output.exists():
+        _fail(f"{output}: exists already")
 
 
 def _fail(message: str, exit_code: int = 1) -> NoReturn:

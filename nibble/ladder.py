@@ -11,15 +11,18 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from nibble.engine.checkpoint.errors import SourceError
+from nibble.engine.checkpoint.errors import CheckpointError, SourceError
 from nibble.engine.checkpoint.resolve import is_native
+from nibble.engine.checkpoint.schema import Description
 from nibble.engine.checkpoint.source import open_source
 from nibble.engine.memory_estimate import MemoryEstimate, descriptions_of, estimate
 from nibble.kernels.layout import GROUP_SIZES, KVDtype
+from nibble.service.hub_model import local_model
+from nibble.service.hub_outline import model_outline
 from nibble.service.launcher.model import model_name_of, progress_bar
 from nibble.service.launcher.settings import LauncherSettings
 from nibble.service.settings import SettingsError, parse_bytes
-from nibble.service.worker.device import make_kernels, uses_cuda
+from nibble.service.worker.device import engine_limits, make_kernels, uses_cuda
 from nibble.service.worker.settings import WorkerSettings
 
 GIB = 1 << 30
@@ -51,22 +54,27 @@ class Request:
 
 
 def run_ladder(request: Request) -> None:
-    """Print the table, write the files. Raises CheckpointError, EngineError, QuantizeError, SettingsError, OSError."""
+    """Print the table, write the files.
+
+    Raises HubModelError, CheckpointError, EngineError, QuantizeError, SettingsError, OSError.
+    """
     from nibble.engine.evaluate import ladder, report  # PyTorch: not there unless it is asked for
     from nibble.engine.evaluate.checkpoints import make_pair
     from nibble.engine.quantize.options import Options
     from nibble.engine.quantize.quantize import quantize
 
-    _check(request, ladder.PROMPT_TOKENS)
     gpu_memory_bytes = None if request.gpu_memory is None else parse_bytes(request.gpu_memory)
     settings = ladder.Settings(request.generated_tokens, gpu_memory_bytes)
     with progress_bar(Console(stderr=True)) as report_progress:
-        sequences = _sequences(request)
+        cache_dir = LauncherSettings.from_environment().cache_dir
+        model = local_model(request.model, report_progress)
+        _check(model, request, ladder.PROMPT_TOKENS)
+        sequences = _sequences(model, request)
         pair = make_pair(
-            request.model,
+            model,
             request.quantized,
-            LauncherSettings.from_environment().cache_dir,
-            lambda out: quantize(request.model, out, Options(), report_progress),
+            cache_dir,
+            lambda out: quantize(model, out, Options(), report_progress),
             report_progress,
         )
         worker = WorkerSettings.from_environment(model_dir=pair.reference)
@@ -91,13 +99,11 @@ def run_ladder(request: Request) -> None:
     _write(request.output, ".json", report.to_json(subject, results, best, request.max_kl))
 
 
-def _check(request: Request, prompt_tokens: int) -> None:
+def _check(model: Path, request: Request, prompt_tokens: int) -> None:
     """What would else be found out after minutes of measuring. Raises CheckpointError, SettingsError, OSError."""
-    if is_native(request.model):
-        raise SourceError(
-            f"{request.model}: is a native checkpoint; name the model it was made of, and it by --quantized"
-        )
-    context_tokens = open_source(request.model).config.max_context_tokens
+    if is_native(model):
+        raise SourceError(f"{model}: is a native checkpoint; name the model it was made of, and it by --quantized")
+    context_tokens = open_source(model).config.max_context_tokens
     if prompt_tokens + request.generated_tokens > context_tokens:
         raise SettingsError(
             f"{request.generated_tokens} generated tokens and prompts of {prompt_tokens}: the model's context is "
@@ -115,18 +121,37 @@ def _write(output: Path, suffix: str, content: bytes) -> None:
         raise OSError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def print_plan(model: Path, gpu_memory: str, group_size: int, utilization: float) -> None:
-    """Raises CheckpointError, SettingsError."""
+def print_plan(model: Path, gpu_memory: str, group_size: int, utilization: float | None) -> None:
+    """utilization None: as a worker has it. Raises HubModelError, CheckpointError, SettingsError, OSError."""
     total_bytes = parse_bytes(gpu_memory)
     if group_size not in GROUP_SIZES:
         raise SettingsError(f"the group size must be one of {GROUP_SIZES} (got {group_size})")
+    given = {} if utilization is None else {"gpu_memory_utilization": utilization}
+    limits = engine_limits(WorkerSettings.from_environment(model_dir=model, **given), is_cuda=True)
     columns: list[tuple[str, ...]] = []
-    for name, description in descriptions_of(model, group_size).items():
+    for name, description in _descriptions(model, group_size).items():
         for kv_dtype in (KVDtype.INT8, KVDtype.FP16):
-            memory = estimate(description, kv_dtype, total_bytes, utilization=utilization)
+            memory = estimate(
+                description,
+                kv_dtype,
+                total_bytes,
+                utilization=limits.memory_utilization,
+                max_num_sequences=limits.max_num_sequences,
+                max_num_batched_tokens=limits.max_num_batched_tokens,
+            )
             kind = description.kv_layout(kv_dtype).dtype
             columns.append((f"{name}, {kind} KV", *_plan_cells(memory, description.config.max_context_tokens)))
     _print_table(_PLAN_LABELS, columns)
+
+
+def _descriptions(model: Path, group_size: int) -> dict[str, Description]:
+    with TemporaryDirectory() as directory:
+        with progress_bar(Console(stderr=True)) as report_progress:
+            outline = model_outline(model, Path(directory), report_progress)
+        try:
+            return descriptions_of(outline, group_size)
+        except CheckpointError as error:  # whose message is to name the model, not a file that is gone
+            raise type(error)(str(error).replace(f"{directory}/", "")) from error
 
 
 def _plan_cells(memory: MemoryEstimate, context_tokens: int) -> tuple[str, ...]:
@@ -142,12 +167,12 @@ def _plan_cells(memory: MemoryEstimate, context_tokens: int) -> tuple[str, ...]:
     )
 
 
-def _sequences(request: Request) -> npt.NDArray[np.int32]:
+def _sequences(model: Path, request: Request) -> npt.NDArray[np.int32]:
     from nibble.engine.evaluate.ladder import DEFAULT_TEXT
     from nibble.engine.quantize.calibration import read_texts, token_sequences
 
     texts = read_texts(request.text or DEFAULT_TEXT)
-    source = open_source(request.model)
+    source = open_source(model)
     tokens = min(request.sequence_tokens, source.config.max_context_tokens)
     with TemporaryDirectory() as directory:
         source.write_tokenizer(Path(directory))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import redis
+from fake_hub import FakeHub, point_to, running_hub
+from huggingface_hub import constants
 
 from nibble.service.broker.embedded import EmbeddedValkey
 
@@ -36,3 +39,14 @@ def namespace(redis_client: redis.Redis) -> Iterator[str]:
     keys = list(redis_client.scan_iter(f"{{{name}}}*", count=1000))
     if keys:
         redis_client.delete(*keys)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """What `huggingface_hub` takes for the hub, with a cache of its own."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its attempts
+    with running_hub() as hub:
+        point_to(hub.address, monkeypatch)
+        yield hub

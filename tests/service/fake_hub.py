@@ -10,6 +10,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+import pytest
+from huggingface_hub import constants
+
+NOWHERE = "http://127.0.0.1:9"
 COMMIT = "c" * 40
 FILES = {
     "config.json": b'{"model_type": "llama"}',
@@ -23,12 +27,15 @@ FILES = {
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Has one model, `some/model`, and a gated one."""
+    """Has one model, `some/model`, and a gated one. knows_ranges: whether it heeds them."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.address = f"http://127.0.0.1:{self.server_port}"
+        self.files = dict(FILES)
+        self.knows_ranges = True
         self.requested: list[str] = []  # files, by GET
+        self.num_bytes = 0  # of files, sent
         self.ranges: list[str | None] = []
         self.breaks_off = False  # in the middle of every large file
 
@@ -46,6 +53,13 @@ def running_hub() -> Iterator[FakeHub]:
         hub.server_close()
 
 
+def point_to(address: str, patch: pytest.MonkeyPatch) -> None:
+    """Make `huggingface_hub` take what is at this address for the hub."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + template)
+    patch.setattr(constants, "ENDPOINT", address)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: FakeHub
@@ -60,11 +74,11 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         file = path.removeprefix(f"/some/model/resolve/{path.split('/')[4] if path.count('/') > 4 else ''}/")
         if path.startswith("/api/models/some/model/tree/"):
-            self._send_json([_entry(name) for name in FILES])
+            self._send_json([self._entry(name) for name in self.server.files])
         elif path.startswith("/api/models/some/model"):
-            siblings = [{"rfilename": name} for name in FILES]
+            siblings = [{"rfilename": name, "size": len(content)} for name, content in self.server.files.items()]
             self._send_json({"id": "some/model", "sha": COMMIT, "siblings": siblings})
-        elif file in FILES:
+        elif file in self.server.files:
             self._send_file(file)
         elif "gated/model" in path:
             self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
@@ -76,15 +90,17 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, json.dumps(value).encode(), {})
 
     def _send_file(self, name: str) -> None:
-        content, wanted = FILES[name], self.headers.get("Range")
+        content, wanted = self.server.files[name], self.headers.get("Range")
+        headers = {"ETag": f'"{self._entry(name)["oid"]}"', "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(content))}
         if self.command == "GET":
             self.server.requested.append(name)
             self.server.ranges.append(wanted)
-        headers = {"ETag": f'"{_entry(name)["oid"]}"', "X-Repo-Commit": COMMIT, "X-Linked-Size": str(len(content))}
-        start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self._send(206 if start else 200, content[start:], headers)
+        if wanted is None or not self.server.knows_ranges:
+            self._send(200, content, headers)
+            return
+        start, end = (int(number or len(content) - 1) for number in wanted.removeprefix("bytes=").split("-"))
+        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+        self._send(206, content[start : end + 1], headers)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
@@ -96,9 +112,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.breaks_off and len(body) > 5000:
             body = body[: len(body) // 2]
             self.close_connection = True
-        self.wfile.write(body)
+        for start in range(0, len(body), 1 << 16):
+            try:
+                self.wfile.write(body[start : start + (1 << 16)])
+            except ConnectionError:  # it has what it wanted
+                self.close_connection = True
+                return
+            self.server.num_bytes += len(body[start : start + (1 << 16)])
 
-
-def _entry(name: str) -> dict[str, object]:
-    digest = hashlib.sha1(FILES[name]).hexdigest()
-    return {"type": "file", "path": name, "size": len(FILES[name]), "oid": digest}
+    def _entry(self, name: str) -> dict[str, object]:
+        content = self.server.files[name]
+        return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}

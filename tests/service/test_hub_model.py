@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fake_hub import FILES, FakeHub, running_hub
+from fake_hub import FILES, NOWHERE, FakeHub, point_to
 from huggingface_hub import constants
 
 from nibble.service.hub_model import HubModelError, fetch_hub_model, is_hub_id
-
-NOWHERE = "http://127.0.0.1:9"
-
-
-def point_to(address: str, patch: pytest.MonkeyPatch) -> None:
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
-    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + template)
-    patch.setattr(constants, "ENDPOINT", address)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its attempts
-    with running_hub() as hub:
-        point_to(hub.address, monkeypatch)
-        yield hub
 
 
 def fetch(source: str) -> tuple[Path, list[float]]:

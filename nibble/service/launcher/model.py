@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from nibble.engine.checkpoint.errors import CheckpointError
 from nibble.engine.checkpoint.resolve import resolve_checkpoint
 from nibble.service.demo_model import DemoModelError, fetch_demo_model
-from nibble.service.hub_model import HubModelError, fetch_hub_model, is_hub_id
+from nibble.service.hub_model import HubModelError, local_model
 from nibble.service.launcher.errors import ModelNotFound
 
 ReportProgress = Callable[[str, float], None]  # what is being done, and the share of it that is done
@@ -26,9 +26,7 @@ def locate_model(source: Path | None, cache_dir: Path, console: Console) -> tupl
             if source is None:
                 source = fetch_demo_model(cache_dir, report)
             name = model_name_of(source)
-            if is_hub_id(source):
-                source = fetch_hub_model(source, report)
-            return resolve_checkpoint(source, cache_dir, report), name
+            return resolve_checkpoint(local_model(source, report), cache_dir, report), name
     except (CheckpointError, DemoModelError, HubModelError, OSError) as error:
         raise ModelNotFound(str(error)) from error
 
