@@ -25,11 +25,14 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),  # it would be one of the output projection too
     "partial_rotary_factor": (1.0,),
     "is_decoder": (True, False),
+    "is_causal": (True,),
     "add_cross_attention": (False,),
     "auto_map": (None,),  # code of the model's own
 }
 _MAX_JSON_BYTES = 64 << 20
 _QWEN3_HEAD_DIM = 128  # of a configuration that leaves it out
+_FIRST_WINDOW_LAYER = 28  # of a configuration that leaves it out
+_FULL, _SLIDING = "full_attention", "sliding_attention"  # layer_types
 _DEFAULT_WINDOW = 4096  # of a configuration that leaves it out; null says that there is none
 
 logger = logging.getLogger(__name__)
@@ -146,31 +149,46 @@ def _refuse_options(keys: _Keys) -> None:
 
 
 def _sliding_window(keys: _Keys, architecture: str) -> int | None:
-    """Mistral has it in all layers, Qwen in those from max_window_layers on, if at all."""
+    """Mistral has it in all layers, Qwen in those from max_window_layers on, if at all; layer_types overrules both."""
+    if architecture == "llama":
+        return None
     is_none = "sliding_window" in keys.given and "sliding_window" not in keys.values
-    if is_none or architecture == "llama":
-        return None
-    if architecture == "mistral":
-        return keys.count("sliding_window", default=_DEFAULT_WINDOW)
-    if not keys.boolean("use_sliding_window", default=False):
-        return None
-    num_layers, first = keys.count("num_hidden_layers"), keys.values.get("max_window_layers", 28)
-    kinds = keys.values.get("layer_types")
-    if kinds is None and isinstance(first, int):
-        has_full, has_window = first > 0, first < num_layers
-    elif isinstance(kinds, list):
-        has_full, has_window = "full_attention" in kinds, "sliding_attention" in kinds
+    if is_none or (architecture != "mistral" and not keys.boolean("use_sliding_window", default=False)):
+        window = None
     else:
-        raise keys.error("layer_types" if kinds is not None else "max_window_layers", "a list or a number of layers")
-    if has_full and has_window:
+        window = keys.count("sliding_window", default=_DEFAULT_WINDOW)
+    kinds = _layer_types(keys, architecture, window is not None)
+    if len(kinds) > 1:
         raise UnsupportedModelError(f"{keys.source}: a sliding_window in some layers only is not supported")
-    return keys.count("sliding_window", default=_DEFAULT_WINDOW) if has_window else None
+    if kinds == {_FULL}:
+        return None
+    if window is None:
+        raise keys.error("layer_types", f"{_FULL} alone, as there is no sliding_window")
+    return window
+
+
+def _layer_types(keys: _Keys, architecture: str, has_window: bool) -> set[str]:
+    num_layers, stated = keys.count("num_hidden_layers"), keys.values.get("layer_types")
+    if stated is not None:
+        if not isinstance(stated, list) or len(stated) != num_layers:
+            raise keys.error("layer_types", f"a list of {num_layers} layers")
+        if not all(kind in (_FULL, _SLIDING) for kind in stated):
+            raise keys.error("layer_types", f"{_FULL} and {_SLIDING} alone")
+        return set(stated)
+    first = 0 if architecture == "mistral" else keys.values.get("max_window_layers", _FIRST_WINDOW_LAYER)
+    if not isinstance(first, int):
+        raise keys.error("max_window_layers", "a number of layers")
+    if not has_window or first >= num_layers:
+        return {_FULL}
+    return {_SLIDING} if first <= 0 else {_FULL, _SLIDING}
 
 
 def _read_rope(keys: _Keys, head_dim: int) -> tuple[int, RopeConfig]:
     """(the longest context, the rotation). Before `transformers` 5 the two keys had other names."""
     context_tokens = keys.count("max_position_embeddings")
     section = _rope_section(keys)
+    if "original_max_position_embeddings" in keys.values:  # `transformers` believes this one rather than the section's
+        section.values["original_max_position_embeddings"] = keys.values["original_max_position_embeddings"]
     if "partial_rotary_factor" in section.values and section.number("partial_rotary_factor") != 1.0:
         raise UnsupportedModelError(f"{section.source}: the model option partial_rotary_factor is not supported")
     theta = section.number("rope_theta", default=keys.number("rope_theta", default=10000.0))

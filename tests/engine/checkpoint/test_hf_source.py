@@ -13,10 +13,11 @@ import safetensors.torch
 import torch
 from architectures import LLAMA3, YARN
 from hf_models import random_hf_model, save_hf_model
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nibble.engine.checkpoint.errors import CheckpointError, ConversionError, SourceError, UnsupportedModelError
 from nibble.engine.checkpoint.source import floating_tensors, open_source
+from nibble.engine.rope import inverse_frequencies
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -79,6 +80,35 @@ def test_a_window_is_there_where_the_architecture_uses_it(
 ) -> None:
     config = open_source(save_hf_model(random_hf_model(model_type, **options), tmp_path)).config
     assert config.sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kinds", "window"),
+    [
+        ("mistral", ["full_attention"] * 2, None),
+        ("mistral", ["sliding_attention"] * 2, 33),
+        ("qwen3", ["sliding_attention"] * 2, 33),
+        ("qwen3", ["full_attention"] * 2, None),
+        ("llama", ["sliding_attention"] * 2, None),  # which has none, whatever its configuration says
+    ],
+)
+def test_kinds_of_layers_overrule_the_window(
+    tmp_path: Path, model_type: str, kinds: list[str], window: int | None
+) -> None:
+    save_hf_model(random_hf_model(model_type), tmp_path)
+    set_option(sliding_window=33, use_sliding_window=True, layer_types=kinds)(tmp_path)
+    assert open_source(tmp_path).config.sliding_window == window
+
+
+@pytest.mark.parametrize("scaling", [YARN, {"rope_type": "llama3", **LLAMA3}])
+def test_trained_tokens_beside_the_scaling_are_believed(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    save_hf_model(random_hf_model("llama", rope_parameters={"rope_theta": 1e4, **scaling}), tmp_path)
+    inside = open_source(tmp_path).config
+    set_option(original_max_position_embeddings=32)(tmp_path)
+    ours = open_source(tmp_path).config
+    assert ours.rope != inside.rope
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).model.rotary_emb.inv_freq.numpy()
+    np.testing.assert_allclose(inverse_frequencies(ours), theirs, rtol=1e-5)
 
 
 def test_a_window_that_is_left_out_is_the_architectures(tmp_path: Path) -> None:
@@ -168,6 +198,23 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
             UnsupportedModelError,
             "a sliding_window in some layers only is not supported",
         ),
+        (set_option(is_causal=False), UnsupportedModelError, "option is_causal is not supported (got 'False')"),
+        (
+            set_option(model_type="mistral", layer_types=["full_attention", "sliding_attention"]),
+            UnsupportedModelError,
+            "a sliding_window in some layers only is not supported",
+        ),
+        (
+            set_option(model_type="qwen3", layer_types=["sliding_attention"] * 2),
+            SourceError,
+            "layer_types is \"['sliding_attention', 'sliding_attention']\", expected full_attention alone",
+        ),
+        (
+            set_option(model_type="qwen3", layer_types=["chunked_attention"] * 2),
+            SourceError,
+            "expected full_attention and sliding_attention alone",
+        ),
+        (set_option(model_type="qwen3", layer_types=["full_attention"]), SourceError, "expected a list of 2 layers"),
         (set_option(eos_token_id="x"), SourceError, "eos_token_id is 'x', expected a token id or a list of them"),
         (
             set_option(rope_parameters={"rope_type": "longrope"}),
