@@ -60,6 +60,8 @@ def convert_model(source: Path, target: Path, progress: Progress) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(target, lambda: progress("waiting for another process that converts the model", 0.0)):
+            if target.exists():
+                raise ConversionError(f"{target}: exists already: another process has made it meanwhile")
             _convert_into(target, source, progress)
     except OSError as error:
         raise ConversionError(f"{target}: cannot be written: {error.strerror}") from error

@@ -53,19 +53,29 @@ def quantize(path: Path, out: Path, options: Options, progress: Progress) -> Non
     _check(source, options)
     if out.exists():
         raise OutputError(f"{out}: exists already")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(out, lambda: progress("waiting for another process that writes there", 0.0)):
+            _quantize_into(out, source, path, options, progress)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
+
+
+@torch.inference_mode()
+def _quantize_into(out: Path, source: Source, path: Path, options: Options, progress: Progress) -> None:
+    if out.exists():
+        raise OutputError(f"{out}: exists already: another process has made it meanwhile")
     work_directory = out.with_name(out.name + ".quantizing")
-    with exclusive(out, lambda: progress("waiting for another process that writes there", 0.0)), torch.inference_mode():
-        ids = _calibration_ids(source, options) if options.is_calibrated else None
-        _prepare(work_directory, _identity(path, options, ids))
-        work = WorkFiles(work_directory)
-        _quantize_layers(source, work, ids, options, progress)
-        with partial_directory(out) as directory:
-            convert_checkpoint(QuantizedSource(source, work), directory, progress, _kv_channels(source, work, options))
-            if options.is_calibrated:
-                _write_statistics(directory / STATISTICS_FILE, work, source.config)
-            publish(directory, out)
-        shutil.rmtree(work_directory)
+    ids = _calibration_ids(source, options) if options.is_calibrated else None
+    _prepare(work_directory, _identity(path, options, ids))
+    work = WorkFiles(work_directory)
+    _quantize_layers(source, work, ids, options, progress)
+    with partial_directory(out) as directory:
+        convert_checkpoint(QuantizedSource(source, work), directory, progress, _kv_channels(source, work, options))
+        if options.is_calibrated:
+            _write_statistics(directory / STATISTICS_FILE, work, source.config)
+        publish(directory, out)
+    shutil.rmtree(work_directory)
 
 
 def _check(source: Source, options: Options) -> None:
@@ -74,6 +84,10 @@ def _check(source: Source, options: Options) -> None:
             raise UnsupportedModelError(
                 f"{source.label}: {name} has rows of {in_features}, not a multiple of {GROUP_SIZES[0]}"
             )
+    if source.format("model.layers.0.mlp.down_proj.weight").kind == "int4":
+        logger.warning(
+            "%s is stored in 4 bits: to convert it keeps its weights, to quantise it loses some", source.label
+        )
     if options.device == "cuda" and not torch.cuda.is_available():
         raise OptionError("the device cuda is asked for, and PyTorch sees no GPU")
 

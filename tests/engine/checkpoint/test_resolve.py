@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ import safetensors.numpy
 from gguf_files import TinyGGUF, write_tiny_gguf
 from hf_models import random_hf_model, save_hf_model
 
+from nibble.engine.checkpoint.cache import exclusive
 from nibble.engine.checkpoint.errors import CheckpointError, ConversionError, SafetensorsError, SourceError
 from nibble.engine.checkpoint.native import WEIGHTS_FILE, load_checkpoint
-from nibble.engine.checkpoint.resolve import FILES, resolve_checkpoint
+from nibble.engine.checkpoint.resolve import FILES, convert_model, resolve_checkpoint
 
 
 def quiet(stage: str, done: float) -> None:
@@ -212,3 +214,18 @@ def test_a_cache_that_cannot_be_made_is_one_line_saying_so(source: Path, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(ConversionError, match=r"file/cache: the converted model cannot be stored: Not a directory"):
         resolve_checkpoint(source, tmp_path / "file" / "cache", quiet)
+
+
+def test_a_target_that_another_process_makes_meanwhile_is_left_alone(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "native"
+    with ExitStack() as other:
+        other.enter_context(exclusive(target))
+
+        def finish(stage: str, done: float) -> None:
+            assert stage.startswith("waiting")
+            target.mkdir()
+            other.close()
+
+        with pytest.raises(ConversionError, match="exists already: another process has made it meanwhile"):
+            convert_model(source, target, finish)
+    assert not any(target.iterdir())

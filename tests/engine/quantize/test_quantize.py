@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf_files import TinyGGUF, write_tiny_gguf
 from hf_models import VOCAB_SIZE, random_hf_model, save_hf_model
 from model_logits import Logits, all_logits, kl_divergence, transformers_logits
 from transformers import PreTrainedModel
 
-from nibble.engine.checkpoint.errors import CheckpointError
+from nibble.engine.checkpoint.cache import exclusive
+from nibble.engine.checkpoint.errors import CheckpointError, SourceError
 from nibble.engine.checkpoint.native import load_checkpoint
 from nibble.engine.checkpoint.resolve import FILES
 from nibble.engine.checkpoint.safetensors_file import SafetensorsFile
@@ -132,6 +135,41 @@ def test_output_that_exists_is_left_alone(tmp_path: Path, source: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="exists already"):
         quantize(source, tmp_path / "out", options(Method.RTN, None), silent)
+
+
+def test_output_that_another_process_makes_meanwhile_is_left_alone(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out"
+    with ExitStack() as other:
+        other.enter_context(exclusive(out))
+
+        def finish(stage: str, done: float) -> None:
+            assert stage.startswith("waiting")
+            out.mkdir()
+            other.close()
+
+        with pytest.raises(OutputError, match="exists already: another process has made it meanwhile"):
+            quantize(source, out, options(Method.RTN, None), finish)
+    assert not any(out.iterdir())
+
+
+def test_output_that_cannot_be_written_is_named(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"file/out: cannot be written: (Not a directory|File exists)"):
+        quantize(source, tmp_path / "file" / "out", options(Method.RTN, None), silent)
+
+
+def test_weights_in_four_bits_are_quantised_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for kind, has_warning in (("F16", False), ("Q4_1", True)):
+        path = write_tiny_gguf(tmp_path / f"{kind}.gguf", TinyGGUF(kind=kind))
+        caplog.clear()
+        quantize(path, tmp_path / kind, options(Method.RTN, None), silent)
+        assert ("is stored in 4 bits" in caplog.text) == has_warning
+
+
+def test_checkpoint_of_our_own_is_not_quantised_again(tmp_path: Path, source: Path) -> None:
+    quantize(source, tmp_path / "out", options(Method.RTN, None), silent)
+    with pytest.raises(SourceError, match="is a checkpoint that Nibble made; name the model that it was made of"):
+        quantize(tmp_path / "out", tmp_path / "again", options(Method.RTN, None), silent)
 
 
 def test_model_that_is_none_is_a_checkpoint_error(tmp_path: Path) -> None:
