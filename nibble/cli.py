@@ -221,9 +221,7 @@ def plan(
     model: ModelArgument,
     gpu_memory: Annotated[str, typer.Option(help="The GPU's memory, such as 24GiB.")],
     group_size: Annotated[int, typer.Option(help="Of INT4 weights: 32, 64 or 128.")] = 128,
-    utilization: Annotated[
-        float | None, typer.Option(min=0.1, max=1.0, help="Share of the memory to use. [default: 0.9]")
-    ] = None,
+    utilization: Annotated[float | None, typer.Option(min=0.1, max=1.0, help="Share to use. [default: 0.9]")] = None,
 ) -> None:
     """Say what fits on a GPU: weights, KV cache, tokens. Fetches and loads no weights; a config.json suffices."""
     from nibble.engine.checkpoint.errors import CheckpointError

@@ -153,7 +153,7 @@ def _gptq(options: _Options) -> Quantization:
 
 
 def _gptq_packing(options: _Options, zero_offset: int) -> Packing:
-    options.require("bits", *_BITS)
+    _require_bits(options, "bits", "sym")
     group_size = options.group_size()
     has_order = options.values.get("desc_act") is True and options.values.get("static_groups") is not True
     return GPTQ(group_size, zero_offset, options.values["bits"], is_reordered=has_order and group_size != -1)
@@ -189,7 +189,7 @@ def _auto_round_packing(options: _Options) -> Packing | None:
     if packing_format in _AUTO_ROUND_AWQ_FORMATS:
         options.require("bits", 4)
         return AWQ(options.group_size())
-    options.require("bits", *_BITS)
+    _require_bits(options, "bits", "sym")
     return GPTQ(options.group_size(), _AUTO_ROUND_GPTQ_FORMATS[packing_format], options.values["bits"])
 
 
@@ -223,7 +223,7 @@ def _compressed_pattern(options: _Options, name: str) -> re.Pattern[str]:
 
 
 def _compressed_packing(weights: _Options) -> Packing:
-    weights.require("num_bits", *_BITS)
+    _require_bits(weights, "num_bits", "symmetric")
     weights.require("type", "int", None)
     weights.require("strategy", "group", "channel")
     weights.require("dynamic", False, None)
@@ -233,6 +233,13 @@ def _compressed_packing(weights: _Options) -> Packing:
     group_size = -1 if weights.values["strategy"] == "channel" else weights.group_size()
     is_reordered = weights.values.get("actorder") in ("group", "dynamic", True) and group_size != -1
     return CompressedTensors(group_size, is_symmetric, weights.values["num_bits"], is_reordered)
+
+
+def _require_bits(options: _Options, bits: str, symmetric: str) -> None:
+    """INT8 has no zeros."""
+    options.require(bits, *_BITS)
+    if options.values[bits] == 8:
+        options.require(symmetric, True, None)
 
 
 def _exactly(name: str) -> re.Pattern[str]:
