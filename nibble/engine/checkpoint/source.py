@@ -100,7 +100,7 @@ def open_source(path: Path) -> Source:
 
     kind = kind_of(path)
     if kind is Kind.NATIVE:
-        raise SourceError(f"{path}: is a checkpoint that Nibble made; name the model that it was made of")
+        raise SourceError(f"{path}: is a native checkpoint; name the model that it was made of")
     if kind is Kind.HUGGING_FACE:
         from nibble.engine.checkpoint.hf_source import HuggingFaceSource
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from nibble.engine.checkpoint.cache import exclusive, partial_directory, publish
 from nibble.engine.checkpoint.convert import Progress, convert_checkpoint
-from nibble.engine.checkpoint.errors import SourceError, UnsupportedModelError
-from nibble.engine.checkpoint.resolve import is_native
+from nibble.engine.checkpoint.errors import UnsupportedModelError
 from nibble.engine.checkpoint.safetensors_file import write_safetensors
 from nibble.engine.checkpoint.schema import TensorSpec, linear_sizes
 from nibble.engine.checkpoint.smooth_keys import SmoothKeySource
@@ -47,8 +46,6 @@ def quantize(path: Path, out: Path, options: Options, progress: Progress) -> Non
 
     Raises CheckpointError for the model, QuantizeError for text, device and output.
     """
-    if is_native(path):
-        raise SourceError(f"{path}: is a native checkpoint; name the model that it was made of")
     source = SmoothKeySource(open_source(path))  # before calibration: its statistics are of the keys that are served
     _check(source, options)
     if out.exists():

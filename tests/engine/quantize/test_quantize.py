@@ -168,7 +168,7 @@ def test_weights_in_four_bits_are_quantised_with_a_warning(tmp_path: Path, caplo
 
 def test_checkpoint_of_our_own_is_not_quantised_again(tmp_path: Path, source: Path) -> None:
     quantize(source, tmp_path / "out", options(Method.RTN, None), silent)
-    with pytest.raises(SourceError, match="is a checkpoint that Nibble made; name the model that it was made of"):
+    with pytest.raises(SourceError, match="is a native checkpoint; name the model that it was made of"):
         quantize(tmp_path / "out", tmp_path / "again", options(Method.RTN, None), silent)
 
 
