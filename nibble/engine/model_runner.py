@@ -5,8 +5,8 @@ id goes into `latest` on the device, at the row that the step gave its sequence,
 there: it is launched before the host has read anything. No row outlives that: by the step after next the host knows the
 id, so rows are numbered anew in every step.
 
-Passes of few tokens are captured graphs, the smallest that has a row for each token; the rows left over read the idle
-block, which no sequence owns, and write nothing. There are graphs for each `PassKind`. Long chunks of prompts are
+Passes of few tokens are captured graphs, the smallest that has a row for each token; the rows left over use the idle
+block alone, which no sequence owns. There are graphs for each `PassKind`. Long chunks of prompts are
 launched op by op, which takes no longer than the device computes them.
 """
 

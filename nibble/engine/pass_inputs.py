@@ -122,7 +122,7 @@ def fill(inputs: PassInputs, chunks: list[Chunk], first_sample_row: int, adjustm
 def fill_idle(inputs: PassInputs, shape: PassShape, used: PassShape, idle_block: int) -> None:
     """Make the tokens, sequences and samples behind those in use compute something that nobody reads.
 
-    They attend to the block idle_block, which nobody writes, draw greedily, and their ids go nowhere. Sequences left
+    They attend to the block idle_block, and write nothing else, draw greedily, and their ids go nowhere. Sequences left
     over share the tokens left over; some may have none.
     """
     rows = slice(used.num_tokens, None)
