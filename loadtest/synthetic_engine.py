@@ -36,6 +36,10 @@ class SyntheticEngine:
     def capacity(self) -> int:
         return self._max_num_sequences - sum(map(len, self._groups))
 
+    @property
+    def preemptible(self) -> str | None:
+        return None
+
     def add(self, request: GenerationRequest, generated_token_ids: Sequence[int] = ()) -> None:
         assert not generated_token_ids, "nothing is recovered in this measurement"
         min(self._groups, key=len)[request.request_id] = request

@@ -172,6 +172,11 @@ class LLMEngine:
             return 0
         return self.scheduler.max_num_sequences - len(self._sequences)
 
+    @property
+    def preemptible(self) -> str | None:
+        """Without capacity, the request that one served before it would take the place of, if there is any."""
+        return None if self.capacity > 0 else self.scheduler.preemptible
+
     def _check(self, request: GenerationRequest, num_generated: int) -> None:
         num_tokens, limit = len(request.prompt_token_ids), self.max_context_tokens - 1
         if num_tokens == 0:
@@ -198,13 +203,10 @@ class LLMEngine:
     def _launch(self, batch: Batch) -> None:
         now_s = self._now()
         for chunk in batch.chunks:
-            assert not chunk.sequence.is_held, (
-                f"{chunk.sequence.request_id}: its grammar is not known to allow anything"
-            )
-            if chunk.sequence.scheduled_s is None:
-                chunk.sequence.scheduled_s = now_s
-            if chunk.num_drafts and chunk.sequence.request.grammar is None:
-                self._reads_first = True
+            sequence = chunk.sequence
+            assert not sequence.is_held, f"{sequence.request_id}: its grammar is not known to allow anything"
+            sequence.scheduled_s = now_s if sequence.scheduled_s is None else sequence.scheduled_s
+            self._reads_first |= chunk.num_drafts > 0 and sequence.request.grammar is None
         self._pending.append(self.runner.launch(batch))
 
     def _collect(self) -> list[TokenEvent]:

@@ -63,6 +63,16 @@ class Scheduler:
         """Those that wait for room alone, by rank. The others are held: their grammar is being compiled."""
         return (sequence for sequence in self.waiting if not sequence.is_held)
 
+    @property
+    def preemptible(self) -> str | None:
+        """The running request that is served last. None: there is none, one more may not wait, or one that is served
+        before it waits already."""
+        first = next(self.ready, None)
+        if not self.running or len(self.running) + len(self.waiting) >= self.max_num_sequences:
+            return None
+        last = self.running[-1]
+        return None if first is not None and first.rank < last.rank else last.request_id
+
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         sequence.rank = self._order(sequence.request)

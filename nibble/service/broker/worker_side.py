@@ -59,13 +59,16 @@ class WorkerBroker:
         self._resynced_s = time.monotonic()
         self._can_take_work = False
 
-    def exchange(self, events: Sequence[TokenEvent], capacity: int, info: WorkerInfo) -> Exchange:
-        """Record and publish this step's events, renew the lease, take up to `capacity` new requests.
+    def exchange(
+        self, events: Sequence[TokenEvent], capacity: int, info: WorkerInfo, preemptible: str | None = None
+    ) -> Exchange:
+        """Record and publish this step's events, renew the lease, take up to `capacity` new requests; without capacity
+        one, if it is to be served before the request `preemptible`, which this worker holds.
 
         Events of requests that were dropped are ignored. Raises BrokerUnavailable: nothing or everything was done;
         call again with the same events, which the caller keeps.
         """
-        arguments, finished = self._arguments(events, capacity, info)
+        arguments, finished = self._arguments(events, capacity, info, preemptible)
         self._must_resync, had_to_resync = True, self._must_resync  # until the reply is here
         reply = self._call(scripts.EXCHANGE, arguments)
         if had_to_resync:
@@ -116,7 +119,7 @@ class WorkerBroker:
         return time.monotonic() - self._resynced_s > _RESYNC_S
 
     def _arguments(
-        self, events: Sequence[TokenEvent], capacity: int, info: WorkerInfo
+        self, events: Sequence[TokenEvent], capacity: int, info: WorkerInfo, preemptible: str | None
     ) -> tuple[list[str | bytes | int], set[str]]:
         held = self._attempts
         running = [event for event in events if event.finish_reason is None and event.request_id in held]
@@ -149,6 +152,7 @@ class WorkerBroker:
             pack_tokens(token_ids),
             b"".join(encoded),
             b"".join(logprobs),
+            preemptible or "",
         ]
         return arguments, finished
 

@@ -110,8 +110,8 @@ class SyntheticWorker:
             if is_last:
                 del self.running[request_id]
 
-    def exchange(self, capacity: int = 8) -> Exchange:
-        exchange = self.broker.exchange(self.events, capacity, self.info)
+    def exchange(self, capacity: int = 8, preemptible: str | None = None) -> Exchange:
+        exchange = self.broker.exchange(self.events, capacity, self.info, preemptible)
         self.events = []
         for request_id in exchange.dropped:
             self.running.pop(request_id, None)

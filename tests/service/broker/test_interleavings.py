@@ -134,7 +134,7 @@ class Deployment:
         lost = self.random.choices([None, "call", "reply"], [8, 1, 1])[0]
         worker.link.lose_next = lost
         try:
-            worker.exchange(self.random.randint(0, 3))
+            worker.exchange(self.random.randint(0, 3), self.random.choice([None, *sorted(worker.running)]))
             assert lost is None
         except BrokerUnavailable:
             assert lost is not None

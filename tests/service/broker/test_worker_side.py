@@ -33,6 +33,22 @@ async def test_exchange_takes_no_more_than_its_capacity(make_gateway, make_worke
     assert [len(worker.exchange(capacity).assignments) for capacity in (0, 2, 2, 2)] == [0, 2, 2, 1]
 
 
+async def test_a_full_worker_takes_one_that_is_served_before_what_it_holds(make_gateway, make_worker):
+    gateway, worker = await make_gateway(), make_worker()
+    await gateway.submit(make_request("lesser", priority=1, max_tokens=50))
+    worker.exchange(capacity=1)
+    for name, priority in [("same", 1), ("more", 0), ("urgent", -1), ("least", 2)]:
+        await gateway.submit(make_request(name, priority=priority))
+    assert worker.exchange(0).assignments == []
+    taken = [[each.request.request_id for each in worker.exchange(0, "lesser").assignments] for _ in range(4)]
+    assert taken == [["urgent"], ["more"], [], []]  # those of its own priority came later
+    assert worker.exchange(0, "unknown").assignments == []
+    worker.generate(num_tokens=1)
+    worker.exchange(1)
+    assert set(worker.running) == {"lesser", "urgent", "more", "same"}
+    assert (await gateway.status()).num_queued == 1
+
+
 async def test_several_tokens_and_steps_append_in_order(make_gateway, make_worker, redis_client, keys):
     gateway, worker = await make_gateway(), make_worker()
     await gateway.submit(make_request("request", max_tokens=50))

@@ -59,6 +59,10 @@ class EchoingEngine:
     def capacity(self) -> int:
         return NUM_CLIENTS - len(self.requests)
 
+    @property
+    def preemptible(self) -> str | None:
+        return None
+
     def add(self, request: GenerationRequest, generated_token_ids: Sequence[int] = ()) -> None:
         if request.sampling.seed == REFUSED_SEED:
             raise RequestError("refused")

@@ -36,6 +36,10 @@ class CountingEngine:
     def capacity(self) -> int:
         return 4 - len(self.requests)
 
+    @property
+    def preemptible(self) -> str | None:
+        return None
+
     def add(self, request: GenerationRequest, generated_token_ids: Sequence[int] = ()) -> None:
         if request.prompt_token_ids == [1]:
             raise ZeroDivisionError("a bug")

@@ -1,10 +1,12 @@
 -- One worker's round trip per engine step.
--- ARGV: worker, worker_id, info, lease_ms, capacity, is_first, known, num_final, events, tokens, encoded, logprobs.
+-- ARGV: worker, worker_id, info, lease_ms, capacity, is_first, known, num_final, events, tokens, encoded, logprobs,
+--       preemptible.
 --   known: '' or, to resynchronise, a msgpack map of what the worker holds once these events are in: id -> attempt.
 --   events: one flat msgpack array of id, attempt, index, number of tokens, bytes of the encoded TokenEvent, of its log
 --     probabilities and of those of the prompt for each event; the num_final last ones are final. tokens (packed), encoded
 --     and logprobs (an event's, then the prompt's): those of all events, one after another. (Server arguments for each
 --     event would cost more than all the rest.)
+--   preemptible: '' or a request of this worker's that one of an earlier place in the queue may take the place of.
 -- Returns {must_resync, dropped ids, request and attempt and tokens of each assignment, counters}.
 
 local worker, worker_id, info, lease_ms, capacity = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -218,6 +220,16 @@ local function fetch()
   end
 end
 
+-- One request for a worker that has no room left, but has some that is to be served later: it makes room by itself.
+local function fetch_urgent(preemptible)
+  local first = redis.call('ZRANGE', queue, 0, 0, 'WITHSCORES')
+  local score = redis.call('HGET', key('state', preemptible), 'score')
+  if first[1] and score and tonumber(first[2]) < tonumber(score) then
+    redis.call('ZREM', queue, first[1])
+    assign(first[1])
+  end
+end
+
 -- Leaves one wake-up behind if there is still work (this worker may have taken the one meant for another), none if not.
 local function settle_wakeups()
   if redis.call('EXISTS', queue, suspects) == 0 then
@@ -241,6 +253,8 @@ if known ~= '' then
 end
 if capacity > 0 then
   fetch()
+elseif ARGV[13] ~= '' then
+  fetch_urgent(ARGV[13])
 end
 settle_wakeups()
 publish_all()
