@@ -18,7 +18,6 @@ from tool_cases import (
     SHORT,
     STRICT,
     UNENFORCEABLE,
-    call,
     read,
     with_template,
 )
@@ -54,10 +53,6 @@ from nibble.service.gateway.served_model import ServedModel
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"function_call": {"name": "f"}}, "function_call"),
         ({"tools": [UNENFORCEABLE], "tool_choice": "required"}, "tools[0].function.parameters"),
-        (
-            {"messages": [{"role": "assistant", "tool_calls": [call(arguments="{")]}]},
-            "messages[0].tool_calls[0].function.arguments",
-        ),
     ],
 )
 def test_what_is_no_choice_of_tools_is_refused_by_name(
