@@ -36,7 +36,9 @@ constexpr int PANEL_COLUMNS = 64;  // of x: 128 bytes per token, swizzled
 constexpr int PANELS = TILE_COLUMNS / PANEL_COLUMNS;
 constexpr int STEPS = PANEL_COLUMNS / 16;
 
-// A stage of a ring, and the parity of its barriers in this round
+// A stage of a ring, and the parity of its barriers in this round. Waiting for a parity only tells a phase from the one
+// before it, so whoever waits must have waited in the round before, too: stages are a multiple of the teams that take turns.
+// With 11 stages for two teams one could run ahead of bytes that were still on their way to the other, two rounds at once.
 template <int STAGES>
 struct Place {
     int slot = 0, parity = 0;

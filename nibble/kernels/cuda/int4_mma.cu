@@ -35,6 +35,7 @@ constexpr int PART_BYTES = WARP * 16;        // a fragment x 8 tokens
 // Of a ring: two for each team. Bytes asked for ahead are bytes that everything else waits behind: 16 stages are slower,
 // 4 are too few.
 constexpr int STAGES = 8;
+static_assert(STAGES % TEAMS == 0, "a stage belongs to one team, see Place");
 
 struct Problem {
     const uint8* packed;

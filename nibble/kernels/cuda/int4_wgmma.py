@@ -20,6 +20,7 @@ CLUSTER = 2  # thread blocks of a worker
 THREADS = 5 * 128
 MAX_CHUNKS = 4  # of tokens, in a launch: what the exchange has room for
 _BLOCK_ROWS = 2 * TILE_ROWS
+_TEAMS = 2
 # As in int4_hopper.cuh: what the order of additions depends on, with the number of slices' pairs
 _MAX_RUNS = 66
 _PAIRS = 4
@@ -37,7 +38,8 @@ class _Shape:
         weight_bytes = 2 * int4_num_bytes(TILE_ROWS, TILE_COLUMNS, group_size)
         stage_bytes = self.num_tokens * TILE_COLUMNS * 2 + weight_bytes + 2 * 8
         meeting_bytes = 2 * self.num_tokens * (_BLOCK_ROWS + 4) * 4
-        return (_SHARED_BYTES - meeting_bytes) // stage_bytes * stage_bytes + meeting_bytes
+        stages = (_SHARED_BYTES - meeting_bytes) // stage_bytes // _TEAMS * _TEAMS
+        return stages * stage_bytes + meeting_bytes
 
 
 _SHAPES = (_Shape(32), _Shape(64))
