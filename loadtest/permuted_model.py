@@ -23,7 +23,7 @@ Order = npt.NDArray[np.intp]
 
 
 def write_permuted(source: Source, directory: Path, seed: int = 0) -> None:
-    """A Hugging Face directory, weights in float32."""
+    """A Hugging Face directory, weights in float32. The order is that of a seed and of a version of NumPy."""
     directory.mkdir(parents=True)
     specs = {name: TensorSpec("F32", shape) for name, shape in tensor_shapes(source.config).items()}
     write_safetensors(directory / "model.safetensors", specs, {"format": "pt"}, _permuted(source, seed))
