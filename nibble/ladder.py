@@ -138,6 +138,7 @@ def print_plan(model: Path, gpu_memory: str, group_size: int, utilization: float
                 utilization=limits.memory_utilization,
                 max_num_sequences=limits.max_num_sequences,
                 max_num_batched_tokens=limits.max_num_batched_tokens,
+                max_verified=limits.max_verified,
             )
             kind = description.kv_layout(kv_dtype).dtype
             columns.append((f"{name}, {kind} KV", *_plan_cells(memory, description.config.max_context_tokens)))

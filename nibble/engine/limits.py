@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from nibble.engine.batch import MAX_VERIFIED_TOKENS
 from nibble.kernels.layout import KVDtype
 
 MAX_DRAFTS = 7  # of a sequence in one step: with its newest token 8, which cost little more than one
@@ -47,3 +48,8 @@ class EngineLimits:
     def __post_init__(self) -> None:
         is_model = self.speculation is SpeculationMethod.DRAFT_MODEL
         assert is_model == (self.draft_model_dir is not None), "a draft model is given where it is the method"
+
+    @property
+    def max_verified(self) -> int:
+        """Newest tokens and drafts of one step, where there are drafts."""
+        return 0 if self.speculation is SpeculationMethod.OFF else MAX_VERIFIED_TOKENS

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from nibble.engine.batch import MAX_VERIFIED_TOKENS
 from nibble.engine.block_manager import num_blocks_for
 from nibble.engine.checkpoint.configured_source import ConfiguredSource
 from nibble.engine.checkpoint.convert import describe
@@ -26,7 +27,7 @@ from nibble.engine.checkpoint.schema import (
 from nibble.engine.checkpoint.source import open_source
 from nibble.engine.memory_plan import IDLE_BLOCKS, SLACK_BYTES
 from nibble.engine.model_config import ModelConfig
-from nibble.engine.pass_shapes import PassShape
+from nibble.engine.pass_shapes import max_input_bytes
 from nibble.kernels.layout import BLOCK_SIZE, GROUP_SIZES, KVDtype
 from nibble.kernels.sampling import LOGPROB_WORDS
 from nibble.kernels.slots import SlotLayout, mask_words
@@ -101,10 +102,13 @@ def estimate(
     utilization: float = 0.9,
     max_num_sequences: int = 256,
     max_num_batched_tokens: int = 2048,
+    max_verified: int = MAX_VERIFIED_TOKENS,
 ) -> MemoryEstimate:
-    """utilization: the share of the memory that may be used; the limits are those of a CUDA worker by default."""
+    """utilization: the share of the memory that may be used; the limits are those of a CUDA worker by default.
+    max_verified: 0 without drafts."""
     config = description.config
-    weights, buffers = weight_bytes(description), _buffer_bytes(config, max_num_sequences, max_num_batched_tokens)
+    weights = weight_bytes(description)
+    buffers = _buffer_bytes(config, max_num_sequences, max_num_batched_tokens, max_verified)
     buffers += COUNTER_BYTES if description.has_kv_channels else 0
     reserve = DRIVER_BYTES + SLACK_BYTES + _workspace_bytes(config, max_num_sequences, max_num_batched_tokens)
     block_bytes = config.num_layers * description.kv_layout(kv_dtype).block_bytes
@@ -122,15 +126,14 @@ def estimate(
     )
 
 
-def _buffer_bytes(config: ModelConfig, max_sequences: int, max_tokens: int) -> int:
+def _buffer_bytes(config: ModelConfig, max_sequences: int, max_tokens: int, max_verified: int) -> int:
     """Of `ModelRunner` and `Adjustments`."""
-    shape = PassShape(
-        max_tokens, max_sequences, num_blocks_for(config.max_context_tokens), max_sequences, True, max_tokens
-    )
-    words = max_sequences * (1 + LOGPROB_WORDS) + max_tokens * LOGPROB_WORDS
-    words += max_sequences * (SlotLayout(config.vocab_size).num_words + mask_words(config.vocab_size))
+    inputs = max_input_bytes(max_sequences, max_tokens, max_verified, num_blocks_for(config.max_context_tokens))
+    max_samples = max_sequences + max_verified
+    words = max_samples * (1 + LOGPROB_WORDS + mask_words(config.vocab_size))
+    words += max_tokens * LOGPROB_WORDS + max_sequences * SlotLayout(config.vocab_size).num_words
     rope_bytes = config.max_context_tokens * config.head_dim * 4
-    return 2 * shape.num_bytes + 4 * words + rope_bytes
+    return 2 * inputs + 4 * words + rope_bytes
 
 
 def _workspace_bytes(config: ModelConfig, max_sequences: int, max_tokens: int) -> int:

@@ -14,10 +14,9 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 
-from nibble.engine.batch import MAX_VERIFIED_TOKENS
 from nibble.engine.block_manager import num_blocks_for
 from nibble.engine.errors import CapacityError
-from nibble.engine.limits import EngineLimits, SpeculationMethod
+from nibble.engine.limits import EngineLimits
 from nibble.engine.model import DecoderModel
 from nibble.engine.model_runner import ModelRunner
 from nibble.engine.pass_shapes import PassShape
@@ -89,7 +88,7 @@ def _make(
             num_blocks=num_blocks,
             max_sequences=limits.max_num_sequences,
             max_tokens=limits.max_num_batched_tokens,
-            max_verified=0 if index else _max_verified(limits),
+            max_verified=0 if index else limits.max_verified,
             num_swap_blocks=0 if index else num_swap_blocks,
         )
         for index, model in enumerate(models)
@@ -183,7 +182,7 @@ def _compute_every_shape(kernels: Kernels, models: list[DecoderModel], limits: E
     """
     sizes = {1 << i for i in range(limits.max_num_batched_tokens.bit_length())} | {limits.max_num_batched_tokens}
     runners = _make(kernels, [model.first_layer() for model in models], limits, num_blocks=0)
-    for runner, max_verified in zip(runners, (_max_verified(limits), 0), strict=False):
+    for runner, max_verified in zip(runners, (limits.max_verified, 0), strict=False):
         max_context_tokens = runner.model.config.max_context_tokens
         max_blocks = num_blocks_for(max_context_tokens)
         for num_tokens in sorted(sizes):
@@ -193,7 +192,3 @@ def _compute_every_shape(kernels: Kernels, models: list[DecoderModel], limits: E
                 shape = PassShape(num_tokens, num_sequences, max_blocks, num_samples, adjusts=True)
                 for mode in Mode:
                     runner.compute_idle(shape, mode)
-
-
-def _max_verified(limits: EngineLimits) -> int:
-    return 0 if limits.speculation is SpeculationMethod.OFF else MAX_VERIFIED_TOKENS

@@ -26,7 +26,7 @@ from nibble.engine.block_manager import num_blocks_for
 from nibble.engine.logprob_records import PromptPart, keep_logprobs, keep_prompt_logprobs, prompt_parts
 from nibble.engine.model import DecoderModel, ForwardBatch
 from nibble.engine.pass_inputs import PassInputs, cut, fill, fill_idle, shape_of
-from nibble.engine.pass_shapes import NOTHING, PassKind, PassShape, captured_shapes, holds, kind_of
+from nibble.engine.pass_shapes import NOTHING, PassKind, PassShape, captured_shapes, holds, kind_of, max_input_bytes
 from nibble.engine.sequence import Sequence
 from nibble.engine.speculative import verify
 from nibble.engine.swap_buffers import SwapBuffers
@@ -96,12 +96,7 @@ class ModelRunner:
         self._adjustments = Adjustments(kernels, max_sequences, config.vocab_size, max_samples)
         self._shapes = captured_shapes(max_sequences, max_tokens, max_verified, self._max_blocks)
         self._captured: dict[tuple[PassKind, bool], list[CapturedPass]] = {}  # by kind and PassShape.adjusts, if any
-        # A step may have one pass in each mode.
-        largest = PassShape(
-            max(max_tokens, max_verified), max_sequences, self._max_blocks, max_samples, True, max_tokens
-        )
-        captured = [replace(shape, adjusts=True) for shapes in self._shapes.values() for shape in shapes]
-        size = max(shape.num_bytes for shape in (largest, *captured))
+        size = max_input_bytes(max_sequences, max_tokens, max_verified, self._max_blocks)
         self._parts = {Mode.DECODE: slice(0, size), Mode.PREFILL: slice(size, 2 * size)}  # of the buffers
         self._host = [kernels.host_buffer((2 * size,), np.uint8) for _ in range(NUM_HOST_BUFFERS)]
         self.wait_s = 0.0  # for the device, in all steps together

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
 
@@ -115,6 +115,15 @@ def captured_shapes(
             PassShape(tokens, min(MAX_CAPTURED_PROMPTS, max_sequences) + 1, num_blocks, 0) for tokens in prompts
         ],
     }
+
+
+def max_input_bytes(max_sequences: int, max_tokens: int, max_verified: int, num_blocks: int) -> int:
+    """Of the largest pass that there can be, captured or not. A step may have one in each mode."""
+    max_samples = max_sequences + max_verified
+    largest = PassShape(max(max_tokens, max_verified), max_sequences, num_blocks, max_samples, True, max_tokens)
+    shapes = captured_shapes(max_sequences, max_tokens, max_verified, num_blocks).values()
+    captured = [replace(shape, adjusts=True) for kind in shapes for shape in kind]
+    return max(shape.num_bytes for shape in (largest, *captured))
 
 
 def aligned(num_bytes: int) -> int:

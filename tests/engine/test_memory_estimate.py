@@ -66,8 +66,11 @@ def test_weights_are_those_of_the_checkpoints_that_are_made(tmp_path: Path, sour
     assert model.weight_bytes == weight_bytes(checkpoint.description)
 
 
+@pytest.mark.parametrize(("max_tokens", "max_verified"), [(70, 0), (70, 64), (9, 64)])
 @pytest.mark.parametrize("dtype", KVDtype)
-def test_buffers_and_kv_cache_are_what_a_runner_allocates(tmp_path: Path, source: Path, dtype: KVDtype) -> None:
+def test_buffers_and_kv_cache_are_what_a_runner_allocates(
+    tmp_path: Path, source: Path, dtype: KVDtype, max_tokens: int, max_verified: int
+) -> None:
     original, channels = open_source(source), None
     if dtype is KVDtype.INT8_CHANNEL:
         shape = KVLayout(original.config.num_kv_heads, original.config.head_dim, dtype).channels_shape
@@ -75,8 +78,22 @@ def test_buffers_and_kv_cache_are_what_a_runner_allocates(tmp_path: Path, source
     convert_checkpoint(original, tmp_path, silent, channels)
     checkpoint, kernels = load_checkpoint(tmp_path), CountingKernels()
     model = DecoderModel.load(kernels, checkpoint, dtype)
-    memory = estimate(checkpoint.description, dtype, 2 * GIB, max_num_sequences=5, max_num_batched_tokens=70)
-    runner = ModelRunner(kernels, model, num_blocks=memory.num_tokens // 64, max_sequences=5, max_tokens=70)
+    memory = estimate(
+        checkpoint.description,
+        dtype,
+        2 * GIB,
+        max_num_sequences=5,
+        max_num_batched_tokens=max_tokens,
+        max_verified=max_verified,
+    )
+    runner = ModelRunner(
+        kernels,
+        model,
+        num_blocks=memory.num_tokens // 64,
+        max_sequences=5,
+        max_tokens=max_tokens,
+        max_verified=max_verified,
+    )
     assert runner.kv_cache.nbytes == memory.kv_cache_bytes
     assert kernels.num_bytes - runner.kv_cache.nbytes == memory.buffer_bytes
 
