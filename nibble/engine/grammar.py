@@ -29,6 +29,7 @@ from llguidance import LLExecutor, LLMatcher
 
 from nibble.engine.protocol import FinishReason, GrammarSpec
 from nibble.engine.sequence import Sequence
+from nibble.engine.token_events import Ending, nothing_left
 from nibble.grammar.compiler import GrammarCompiler
 from nibble.grammar.errors import GrammarError
 from nibble.grammar.threads import deep_stack_pool
@@ -38,13 +39,6 @@ MAX_THREADS = 8  # a mask takes some 40 us, so these do 256 of them in about a m
 PATIENCE_S = 0.005  # that a step waits for masks; sequences whose masks take longer miss it
 IDLE_WAIT_S = 0.1
 _COMPLETE = ("NoExtension", "NoExtensionBias", "EndOfSentence")  # reasons of llguidance to stop
-
-
-class Ending(NamedTuple):
-    """How a sequence ends because of its grammar. error: with ERROR alone."""
-
-    reason: FinishReason
-    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +123,11 @@ class Constraints:
             elif text:
                 self._to_fill.append((sequence, constraint))
         return endings
+
+    def may_end(self, sequence: Sequence) -> bool:
+        """Whether the text of a sequence is complete as it is; no mask of it is being filled."""
+        constraint = self._constraints.get(sequence)
+        return constraint is not None and constraint.matcher.is_accepting()
 
     def fill(self, max_forced: int = 0) -> None:
         """Begin to fill the masks of those that were read and have not ended, and of their drafts. A grammar may add
@@ -250,9 +249,8 @@ class Constraints:
             num_masks += 1
         if num_masks:
             return _Result(work.sequence, work.constraint, None, masks[:num_masks], path.drafts[: num_masks - 1])
-        error = None if path.is_accepting[0] else "the grammar allows no token"
-        reason = FinishReason.STOP if path.is_accepting[0] else FinishReason.ERROR
-        return _Result(work.sequence, work.constraint, Ending(reason, error))
+        ending = Ending(FinishReason.STOP) if path.is_accepting[0] else nothing_left(("grammar",))
+        return _Result(work.sequence, work.constraint, ending)
 
 
 def _text(sequence: Sequence, token_ids: list[int]) -> list[int]:

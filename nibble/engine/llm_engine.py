@@ -21,7 +21,7 @@ from nibble.engine.block_manager import BlockManager
 from nibble.engine.checkpoint.native import Checkpoint, load_checkpoint
 from nibble.engine.draft_model import check_same_tokenizer, make_speculation
 from nibble.engine.errors import CapacityError, RequestError
-from nibble.engine.grammar import Constraints, Ending
+from nibble.engine.grammar import Constraints
 from nibble.engine.limits import EngineLimits
 from nibble.engine.memory_plan import make_runners
 from nibble.engine.model import DecoderModel
@@ -33,6 +33,7 @@ from nibble.engine.sequence import Sequence
 from nibble.engine.service_order import ServiceOrder, aged_priority
 from nibble.engine.speculative import FORCED_ACCEPTANCE, Speculation
 from nibble.engine.stats import EngineStats
+from nibble.engine.token_events import Ending, exhausted, token_event
 from nibble.grammar.compiler import GrammarCompiler
 from nibble.kernels.interface import Kernels
 from nibble.kernels.layout import BLOCK_SIZE
@@ -233,27 +234,24 @@ class LLMEngine:
             self.constraints.fill(max_forced)
 
     def _update(self, sequence: Sequence, token_ids: list[int], ending: Ending | None) -> TokenEvent:
-        """Append the new tokens, or end the sequence if its logits were not finite: there are none."""
+        """Append the new tokens, or end the sequence if none could be drawn."""
         if not token_ids:
-            self.stats.num_nonfinite_logits += 1
-            self.scheduler.remove_unsound(sequence)
-            error = "no token could be drawn: the model's logits were not finite, or all tokens were forbidden"
-            return self._finish(sequence, FinishReason.ERROR, error, [])
+            return self._finish(sequence, self._ending_without_token(sequence), [])
         is_first, now_s = sequence.first_token_s is None, self._now()
         token_ids = sequence.append(token_ids, now_s)
         if ending is not None:
-            return self._finish(sequence, *ending, token_ids)
+            return self._finish(sequence, ending, token_ids)
         if sequence.finish_reason is not None:
-            return self._finish(sequence, sequence.finish_reason, None, token_ids)
-        logprobs, prompt_logprobs = sequence.take_logprobs()
-        return TokenEvent(
-            request_id=sequence.request_id,
-            index=sequence.num_read_tokens - len(token_ids),
-            token_ids=token_ids,
-            metrics=sequence.metrics(now_s) if is_first else None,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
+            return self._finish(sequence, Ending(sequence.finish_reason), token_ids)
+        return token_event(sequence, token_ids, sequence.metrics(now_s) if is_first else None)
+
+    def _ending_without_token(self, sequence: Sequence) -> Ending:
+        may_end = self.constraints is not None and self.constraints.may_end(sequence)
+        if (ending := exhausted(sequence, self.config.vocab_size, may_end=may_end)) is not None:
+            return ending
+        self.stats.num_nonfinite_logits += 1
+        self.scheduler.remove_unsound(sequence)
+        return Ending(FinishReason.ERROR, "no token could be drawn: the model's logits were not finite")
 
     def _release_held(self) -> list[TokenEvent]:
         """Let the sequences go on whose masks are there; the events of those whose grammar does not go on."""
@@ -261,27 +259,17 @@ class LLMEngine:
             return []
         is_idle = not self._pending and all(sequence.is_held for sequence in self._sequences.values())
         endings = self.constraints.settle(is_idle)
-        return [self._finish(sequence, *ending, []) for sequence, ending in endings.items()]
+        return [self._finish(sequence, ending, []) for sequence, ending in endings.items()]
 
     def _expire(self) -> list[TokenEvent]:
         """End the sequences whose deadline has passed."""
         now_s = self._now()
         late = [s for s in self._sequences.values() if (s.request.deadline_s or now_s) < now_s]
-        return [self._finish(sequence, FinishReason.ERROR, "the deadline has passed", []) for sequence in late]
+        return [self._finish(sequence, Ending(FinishReason.ERROR, "the deadline has passed"), []) for sequence in late]
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None, token_ids: list[int]) -> TokenEvent:
+    def _finish(self, sequence: Sequence, ending: Ending, token_ids: list[int]) -> TokenEvent:
         self.abort(sequence.request_id)
-        logprobs, prompt_logprobs = sequence.take_logprobs() if token_ids else (None, None)
-        return TokenEvent(
-            request_id=sequence.request_id,
-            index=sequence.num_read_tokens - len(token_ids),
-            token_ids=token_ids,
-            finish_reason=reason,
-            error=error,
-            metrics=sequence.metrics(self._now()),
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-        )
+        return token_event(sequence, token_ids, sequence.metrics(self._now()), ending)
 
     def _record(self, step: PendingStep, num_sampled: int) -> None:
         stats, now_s = self.stats, time.perf_counter()

@@ -215,6 +215,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """New tokens of one request. `index` is the position of token_ids[0] among the request's generated tokens.
 
     The last event of a request carries finish_reason (and may carry no tokens); error is set with ERROR alone.
+    error_fields: of the request, where it is itself at fault: what together left no token to draw, be it fields of
+    SamplingParams or its grammar.
 
     logprobs: a record for each of token_ids, where SamplingParams.logprobs is set. A record of n most probable tokens
     is 1 + 2n little-endian words of 4 bytes: the token's log probability (float32), then id (uint32) and log
@@ -230,3 +232,4 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     metrics: RequestMetrics | None = None
     logprobs: bytes | None = None
     prompt_logprobs: bytes | None = None
+    error_fields: tuple[str, ...] = ()

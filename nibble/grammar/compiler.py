@@ -21,6 +21,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from nibble.engine.protocol import GrammarKind, GrammarSpec
+from nibble.grammar.bans import Tokens
 from nibble.grammar.errors import GrammarError
 from nibble.grammar.json_schema import prepare_schema
 
@@ -111,6 +112,11 @@ class GrammarCompiler:
         token_ids = self.tokenizer.tokenize_str(text)
         return token_ids[0] if len(token_ids) == 1 and self.tokenizer.is_special_token(token_ids[0]) else None
 
+    def first_tokens(self, spec: GrammarSpec) -> Tokens | None:
+        """What a text can begin with; None if it may be empty. Raises GrammarError."""
+        matcher = self.matcher(spec)
+        return None if matcher.is_accepting() else _allowed(matcher)[: self.vocab_size]
+
     def check(self, spec: GrammarSpec) -> None:
         """Raise GrammarError if the grammar cannot be enforced. Its first tokens are tried too, as grammars compile
         lazily: some turn out to be too large, or to allow nothing, only then."""
@@ -118,8 +124,7 @@ class GrammarCompiler:
         for _ in range(NUM_PROBED_TOKENS):
             if matcher.is_stopped():
                 break
-            mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-            allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
+            allowed = np.flatnonzero(_allowed(matcher))
             text = next((int(token_id) for token_id in allowed if int(token_id) not in ends), None)
             if text is None or not matcher.consume_token(text):
                 break
@@ -160,6 +165,12 @@ class GrammarCompiler:
             if matcher.is_error() and _reason(matcher) == _reason(refused):
                 return f" (at {place})"
         return ""
+
+
+def _allowed(matcher: LLMatcher) -> Tokens:
+    """What may come next; padding of the vocabulary may follow."""
+    mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    return np.unpackbits(mask, bitorder="little").view(np.bool_)
 
 
 def _grammars(spec: GrammarSpec) -> list[dict[str, Any]]:

@@ -224,6 +224,7 @@ def _log_read(request_id: str, index: int, entry: list[Any]) -> LogRead:
         token_ids=unpack_tokens(tokens),
         finish_reason=None if final is None else final.finish_reason,
         error=None if final is None else final.error,
+        error_fields=() if final is None else final.error_fields,
         metrics=None if final is None else final.metrics,
         logprobs=logprobs or None,
         prompt_logprobs=prompt_logprobs or None,

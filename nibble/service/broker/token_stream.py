@@ -120,6 +120,7 @@ class TokenStream:
             token_ids=log.token_ids[index:],
             finish_reason=None if final is None else final.finish_reason,
             error=None if final is None else final.error,
+            error_fields=() if final is None else final.error_fields,
             metrics=self._metrics,
             logprobs=log.logprobs_from(index) if log.logprobs else None,
             prompt_logprobs=log.prompt_logprobs if index == 0 else None,

@@ -39,7 +39,7 @@ async def to_generation_requests(request: ChatCompletionRequest, model: ServedMo
         raise too_long(what, model.context_length, "messages")
     format = _answer_format(model, use, text, prompt.continued)
     content = await model.grammars.grammar_of(request)
-    return make_plan(
+    plan = make_plan(
         request,
         model,
         client,
@@ -55,6 +55,8 @@ async def to_generation_requests(request: ChatCompletionRequest, model: ServedMo
             format=format if format.has_reasoning or format.style else None,
         ),
     )
+    await model.grammars.check_beginning(plan.requests[0])
+    return plan
 
 
 def _requested_max_tokens(request: ChatCompletionRequest) -> int | None:

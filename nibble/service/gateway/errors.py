@@ -29,6 +29,7 @@ import orjson
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from nibble.engine.protocol import InvalidSampling
 from nibble.service.broker.errors import (
     BrokerError,
     BrokerUnavailable,
@@ -40,6 +41,7 @@ from nibble.service.broker.errors import (
 from nibble.service.gateway.rate_limits import rate_limit_headers
 
 _UNAVAILABLE_RETRY_S = 1.0  # for outages whose end nobody can compute
+_API_NAMES = {"bad_words_token_ids": "bad_words"}  # fields of SamplingParams; others have the same name
 _MAX_SHOWN_CHARS = 80  # of a value that was sent
 
 
@@ -143,6 +145,19 @@ def error_body(message: str, type: str, param: str | None, code: str | None) -> 
 
 def model_not_found(model: str) -> NotFound:
     return NotFound(f"the model {shown(model)} does not exist", param="model", code="model_not_found")
+
+
+def no_token_left(fields: Sequence[str], num_tokens: int) -> InvalidRequest:
+    """fields: as `TokenEvent.error_fields`. Another try with the same ones may end better, but only by chance."""
+    params = [_API_NAMES.get(field, field) for field in fields if field != "grammar"]
+    causes = [*params, *(["the grammar of the text"] if "grammar" in fields else [])]
+    place = f"after {num_tokens} tokens" if num_tokens else "at the beginning"
+    message = f"{place} there is no token to generate: {' and '.join(causes)} forbid all of them"
+    return InvalidRequest(message, param=params[0] if params else None, code="no_token_left")
+
+
+def invalid_sampling(error: InvalidSampling) -> InvalidRequest:
+    return InvalidRequest(str(error), param=_API_NAMES.get(error.field, error.field))
 
 
 def from_broker(error: BrokerError) -> ApiError:

@@ -23,7 +23,14 @@ from nibble.service.broker.terms import Level, Terms
 from nibble.service.broker.token_stream import TokenStream
 from nibble.service.gateway.answer_parser import Parts
 from nibble.service.gateway.choice import Choice
-from nibble.service.gateway.errors import ApiError, Cancelled, DeadlineExceeded, ServerFault, from_broker
+from nibble.service.gateway.errors import (
+    ApiError,
+    Cancelled,
+    DeadlineExceeded,
+    ServerFault,
+    from_broker,
+    no_token_left,
+)
 from nibble.service.gateway.gateway import Gateway
 from nibble.service.gateway.logprobs import TokenLogprob
 from nibble.service.gateway.plan import Plan
@@ -221,7 +228,7 @@ class Generation:
         if reason is FinishReason.ERROR or reason is FinishReason.ABORT:
             if text:
                 self._on_delta(self._delta(index, text, None))
-            raise self._failure(event, reason)
+            raise self._failure(event, reason, choice.num_tokens)
         if text or reason is not None:
             if choice.is_plain:
                 self._on_delta(Delta(index, text, reason, choice.num_tokens))
@@ -244,12 +251,14 @@ class Generation:
         if self._num_open == 0:
             self._ended.set()
 
-    def _failure(self, event: TokenEvent, reason: FinishReason) -> ApiError:
+    def _failure(self, event: TokenEvent, reason: FinishReason, num_tokens: int) -> ApiError:
         deadline_s = self.plan.requests[0].deadline_s
         if reason is FinishReason.ABORT:
             return Cancelled("the request was cancelled")
         if deadline_s is not None and time.time() >= deadline_s:
             return DeadlineExceeded("the request did not finish by its deadline")
+        if event.error_fields:
+            return no_token_left(event.error_fields, num_tokens)
         return ServerFault(event.error or "the worker failed the request", code="generation_failed")
 
     def _start_timers(self) -> None:

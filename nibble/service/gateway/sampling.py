@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nibble.engine.protocol import GrammarSpec, InvalidSampling, SamplingParams, check_sampling
 from nibble.service.gateway.answer_parser import AnswerFormat
-from nibble.service.gateway.errors import ContextLengthExceeded, InvalidRequest
+from nibble.service.gateway.errors import ContextLengthExceeded, InvalidRequest, invalid_sampling
 from nibble.service.gateway.schema.sampling import MAX_BIAS, SamplingBody
 from nibble.service.gateway.served_model import ServedModel
 
@@ -60,8 +60,7 @@ def sampling_params(
     try:
         check_sampling(sampling, model.vocab_size)
     except InvalidSampling as error:
-        field = "bad_words" if error.field == "bad_words_token_ids" else error.field
-        raise InvalidRequest(str(error), param=field) from error
+        raise invalid_sampling(error) from error
     return sampling
 
 

@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
-from nibble.engine.protocol import GrammarKind, GrammarSpec
+from nibble.engine.protocol import GenerationRequest, GrammarKind, GrammarSpec
+from nibble.grammar.bans import exhausting_fields, has_bans
 from nibble.grammar.compiler import GrammarCompiler
 from nibble.grammar.errors import GrammarError
 from nibble.grammar.threads import deep_stack_pool
-from nibble.service.gateway.errors import InvalidRequest, Unavailable
+from nibble.service.gateway.errors import InvalidRequest, Unavailable, no_token_left
 from nibble.service.gateway.schema.sampling import Body, SamplingBody
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,18 @@ class GrammarChecker:
                 self._known.popitem(last=False)
         if error := self._known[spec]:
             raise InvalidRequest(f"{field}{what}: {error}", param=field, code="invalid_grammar")
+
+    async def check_beginning(self, request: GenerationRequest) -> None:
+        """Raises InvalidRequest where its parameters forbid all that its text can begin with. Its grammar is checked.
+
+        What contradicts it further on is found by the engine alone.
+        """
+        grammar, sampling = request.grammar, request.sampling
+        if grammar is None or not has_bans(sampling):
+            return
+        allowed = await asyncio.wrap_future(self._pool.submit(self._compiler.first_tokens, grammar))
+        if allowed is not None and (fields := exhausting_fields(sampling, (), allowed)):
+            raise no_token_left((*fields, "grammar"), 0)
 
     async def special_tokens(self, texts: Iterable[str]) -> dict[str, int]:
         """The ids of those texts that are tokens of their own, which no text in a grammar stands for."""

@@ -41,7 +41,9 @@ async def to_text_plan(request: CompletionRequest, model: ServedModel, client: C
         only_prompt=only_prompt,
         grammar=await model.grammars.grammar_of(request),
     )
-    return make_plan(request, model, client, prompts, wishes)
+    plan = make_plan(request, model, client, prompts, wishes)
+    await model.grammars.check_beginning(plan.requests[0])
+    return plan
 
 
 async def _prompts(request: CompletionRequest, model: ServedModel) -> list[list[int]]:

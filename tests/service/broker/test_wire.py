@@ -43,5 +43,5 @@ def test_event_packed_by_a_script_decodes(redis_client: redis.Redis, index: int,
 
 
 def test_event_with_a_field_from_the_future_decodes() -> None:
-    packed = msgspec.msgpack.encode(["request", 0, [], None, None, None, None, None, "new"])
+    packed = msgspec.msgpack.encode(["request", 0, [], None, None, None, None, None, [], "new"])
     assert decode_event(packed) == TokenEvent(request_id="request", index=0, token_ids=[])

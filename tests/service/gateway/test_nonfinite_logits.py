@@ -9,7 +9,6 @@ import asyncio
 import json
 import re
 import struct
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import openai
 import pytest
 from conftest import RunningGateway
 from prometheus_client import generate_latest
+from real_worker import real_worker
 from small_models import CONTEXT_LENGTH, VOCAB_ROOM, write_model
 from tiny_models import make_tiny_llama
 from tokenizers import Tokenizer
@@ -28,16 +28,12 @@ from nibble.engine.limits import EngineLimits
 from nibble.engine.llm_engine import LLMEngine
 from nibble.kernels.cpu.backend import CPUKernels
 from nibble.kernels.layout import KVDtype, KVLayout
-from nibble.service.broker.wire import WorkerInfo
-from nibble.service.broker.worker_side import WorkerBroker
-from nibble.service.worker.loop import WorkerLoop
 from nibble.service.worker.metrics import WorkerMetrics
 
 POISON = "~"  # a token of its own: no text that the tokenizer was trained on has it
 NUM_BLOCKS = 16
 ERROR = (
-    "500 server_error generation_failed: Error code: 500 - "
-    "no token could be drawn: the model's logits were not finite, or all tokens were forbidden"
+    "500 server_error generation_failed: Error code: 500 - no token could be drawn: the model's logits were not finite"
 )
 QUESTIONS = [f"The quick brown fox number {i} jumps over the lazy dog. " * (1 + i % 3) for i in range(6)]
 
@@ -70,20 +66,11 @@ def poisoned(
     )
     poison(directory, byte_level.token_to_id(POISON), request.param)
     write_model(directory, byte_level, "<|im_end|>")
-    with run_gateway(has_worker=False, model_dir=directory) as running:
-        engine = make_engine(directory)
-        settings = running.gateway.settings
-        broker = WorkerBroker(settings.redis_url, "real", namespace=settings.namespace)
-        info = WorkerInfo(worker_id="real", model="poisoned", device="cpu", state="ready")
-        metrics = WorkerMetrics("poisoned", 1e9, with_vllm_names=False)
-        loop = WorkerLoop(engine, broker, metrics, info, idle_wait_s=1.0)
-        thread = threading.Thread(target=loop.run)
-        thread.start()
+    with (
+        run_gateway(has_worker=False, model_dir=directory) as running,
+        real_worker(running, make_engine(directory), "poisoned") as metrics,
+    ):
         yield running, metrics
-        loop.stop()
-        thread.join(10)
-        assert not thread.is_alive()
-        engine.scheduler.block_manager.check_integrity([])
 
 
 def make_engine(directory: Path) -> LLMEngine:
