@@ -15,13 +15,13 @@ class StopScanner:
 
     def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
         self._automata = [_Automaton(stop) for stop in stops]
-        self._first_chars = "".join({stop[0] for stop in stops})
+        self._first_chars = frozenset(stop[0] for stop in stops)
         self._include_stop = include_stop
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """Return the text that may be sent, and whether a stop string was completed; nothing is pushed after that."""
-        if not self._held and not any(char in text for char in self._first_chars):
+        if not self._held and self._first_chars.isdisjoint(text):
             return text, False
         known = len(self._held)
         text = self._held + text
@@ -29,7 +29,7 @@ class StopScanner:
             char = text[position]
             longest = 0
             for automaton in self._automata:
-                if automaton.advance(char):
+                if (automaton.num_matched or automaton.first_char == char) and automaton.advance(char):
                     longest = max(longest, len(automaton.pattern))
             if longest:
                 self._held = ""
@@ -46,23 +46,29 @@ class StopScanner:
 
 
 class _Automaton:
-    """How many characters of the pattern the text so far ends with."""
+    """How many characters of the pattern the text so far ends with.
+
+    Its table grows with what was matched: a request may have many choices and long patterns, of which few are ever met.
+    """
+
+    __slots__ = ("_fallback", "first_char", "num_matched", "pattern")
 
     def __init__(self, pattern: str) -> None:
         assert pattern, "an empty stop string matches everywhere"
         self.pattern = pattern
+        self.first_char = pattern[0]
         self.num_matched = 0
-        self._fallback = [0] * (len(pattern) + 1)  # [n]: the longest proper border of pattern[:n]
-        border = 0
-        for length in range(2, len(pattern) + 1):
-            while border and pattern[border] != pattern[length - 1]:
-                border = self._fallback[border]
-            border += pattern[border] == pattern[length - 1]
-            self._fallback[length] = border
+        self._fallback = [0, 0]  # [n]: the longest proper border of pattern[:n], up to the longest match so far
 
     def advance(self, char: str) -> bool:
         """Take one more character; true when the text now ends with the pattern."""
-        while self.num_matched and self.pattern[self.num_matched] != char:
-            self.num_matched = self._fallback[self.num_matched]
-        self.num_matched += self.pattern[self.num_matched] == char
+        self.num_matched = self._longer(self.num_matched, char)
+        if self.num_matched == len(self._fallback):
+            self._fallback.append(self._longer(self._fallback[-1], char))
         return self.num_matched == len(self.pattern)
+
+    def _longer(self, num_matched: int, char: str) -> int:
+        """Characters of the pattern that a text ends with after this one, if it ended with so many before."""
+        while num_matched and self.pattern[num_matched] != char:
+            num_matched = self._fallback[num_matched]
+        return num_matched + (self.pattern[num_matched] == char)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nibble.service.gateway.schema.sampling import MAX_CHOICES, MAX_STOP_CHARS, MAX_TEXT_STOPS
 from nibble.service.gateway.stops import StopScanner
 
 short_text = st.text(alphabet="ab\n", max_size=14)
@@ -81,3 +83,12 @@ def test_of_two_complete_at_once_the_longest_is_cut() -> None:
 @pytest.mark.parametrize("stop", ["日本", "😀", "é"])
 def test_any_character_can_stop(stop: str) -> None:
     assert scan([f"before{stop}after"], [stop]) == (["before"], True)
+
+
+def test_stop_strings_cost_what_is_matched_of_them() -> None:
+    """All choices of a request are made at once, and no other client is served in that time."""
+    stops = [f"{'a' * (MAX_STOP_CHARS - 1)}{chr(98 + i)}" for i in range(MAX_TEXT_STOPS)]
+    begun_s = time.process_time()
+    scanners = [StopScanner(stops) for _ in range(MAX_CHOICES)]
+    assert time.process_time() - begun_s < 0.2
+    assert scanners[0].push("a" * MAX_STOP_CHARS + "c") == ("a", True)

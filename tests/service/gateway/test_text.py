@@ -50,6 +50,14 @@ def test_stream_has_the_same_text(running: RunningGateway) -> None:
     assert all(chunk.object == "text_completion" for chunk in chunks)
 
 
+def test_as_many_stop_strings_as_evaluation_tasks_have(running: RunningGateway) -> None:
+    stops = [f"never {i}" for i in range(15)]
+    answer = complete(running, stop=[*stops, " over"])
+    assert answer.choices[0].text == ANSWER.removesuffix(" over")
+    error = refusal(running, prompt=PROMPT, stop=[*stops, "a", "b"])
+    assert (error["param"], "at most 16 items" in error["message"]) == ("stop", True)
+
+
 def test_sixteen_tokens_unless_asked_for_more(running: RunningGateway) -> None:
     running.openai().completions.create(model="small", prompt=PROMPT)
     assert running.worker.seen[-1].sampling.max_tokens == 16

@@ -12,8 +12,9 @@ from nibble.engine.protocol import MAX_LOGPROBS as ENGINE_MAX_LOGPROBS
 # OpenAI's own range is that of a signed 64-bit integer; the engine's key is unsigned, so both are taken.
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 MAX_CHOICES = 128
-MAX_STOPS = 4
-MAX_STOP_CHARS = 4096  # each choice holds a table as long as its stop strings
+MAX_STOPS = 4  # of a chat, as OpenAI has it
+MAX_TEXT_STOPS = 16  # OpenAI has the same of a text; evaluation tasks send more
+MAX_STOP_CHARS = 4096
 MAX_LOGPROBS = ENGINE_MAX_LOGPROBS
 MAX_BIAS = 100
 MAX_ITEMS = 4096  # of lists that no other limit holds for: messages, parts of them
