@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import jsonschema
 import numpy as np
 
-from nibble.engine.protocol import GrammarSpec
+from nibble.engine.protocol import GrammarKind, GrammarSpec
 from nibble.grammar.compiler import GrammarCompiler
 
 
@@ -36,6 +37,10 @@ def walk(compiler: GrammarCompiler, spec: GrammarSpec, seed: int, max_tokens: in
         assert matcher.consume_token(tokens[-1]), matcher.get_error()
     assert not matcher.is_error(), matcher.get_error()
     return Walk(tokenizer.decode_bytes(tokens), matcher.is_accepting())
+
+
+def spec_of(schema: Any) -> GrammarSpec:
+    return GrammarSpec(GrammarKind.JSON_SCHEMA, json.dumps(schema))
 
 
 def make_compiler(directory: Path) -> GrammarCompiler:
