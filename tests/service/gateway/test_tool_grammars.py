@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 import templates
-from test_chat import plan
+from chat_plans import plan
 from tool_cases import (
     ALL,
     LOOSE,

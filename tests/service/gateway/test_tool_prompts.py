@@ -7,7 +7,7 @@ import json
 
 import pytest
 import templates
-from test_chat import plan, prompt
+from chat_plans import plan, prompt
 from tool_cases import (
     ALL,
     CONVERSATION,

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import templates
+from chat_plans import plan, refusal
 from conftest import RunningGateway
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_models import write_model
-from test_chat import plan, refusal
 from tokenizers import Tokenizer
 from tool_cases import (
     LOOSE,
