@@ -124,6 +124,9 @@ def test_no_events_of_what_is_not_kept(running: RunningGateway, valkey: Embedded
     response = again(running, forgotten)
     assert (response.status_code, response.json()["error"]["code"]) == (404, "response_events_not_found")
     assert running.openai().responses.retrieve(forgotten).output_text == TEXT
+    assert running.openai().responses.cancel(forgotten).output_text == TEXT, "it has ended, and stays as it is"
+    unknown = httpx.post(f"{running.url}/v1/responses/resp_unknown/cancel")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "response_not_found")
 
 
 def test_other_gateways_stream_it_to_its_client_alone(run_gateway: Callable[..., Any]) -> None:

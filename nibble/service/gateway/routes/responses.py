@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -167,7 +168,8 @@ async def list_input_items(response_id: str, request: Request) -> Response:
 @router.post("/v1/responses/{response_id}/cancel")
 async def cancel_response(response_id: str, request: Request) -> Response:
     """End a response that is being generated; its client is told so. One that has ended stays as it is."""
-    await cancel(gateway_of(request), response_id, asker_of(request, _RESPONSE))
+    with contextlib.suppress(NotFound):  # its tokens are not kept as long as the response itself
+        await cancel(gateway_of(request), response_id, asker_of(request, _RESPONSE))
     return json_response((await _record(request, response_id))["response"])
 
 
