@@ -51,10 +51,11 @@ class ResponseBuilder:
 
     def end(self, usage: Usage) -> list[Event]:
         is_cut = self._finish_reason == "length"
+        is_half_a_call = isinstance(self._open, CallItem) and self._finish_reason != "tool_calls"
         events: list[Event] = []
         if self._open is None:  # an empty text is a text
             events += self._begin(TextItem(self.response["id"], "message", 0))
-        events += self._end_item("incomplete" if is_cut else "completed")
+        events += self._end_item("incomplete" if is_cut or is_half_a_call else "completed")
         self._conclude("incomplete" if is_cut else "completed", usage)
         if is_cut:
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}

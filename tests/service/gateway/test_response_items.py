@@ -50,6 +50,16 @@ def test_events_of_calls(running: RunningGateway) -> None:
         assert {event["item_id"] for event in own if "item_id" in event} == {item["id"]}
 
 
+def test_a_call_that_the_model_did_not_finish_is_incomplete(running: RunningGateway) -> None:
+    """It ended by itself, and may not be called with half of its arguments."""
+    running.reply_with(CALLS[:-1].removesuffix("}"))
+    body = {"model": "small", "input": "x", "tools": [TOOL]}
+    events = events_of(post(running, {**body, "stream": True}).text)
+    for response in (post(running, body).json(), events[-1]["response"]):
+        assert response["status"] == "completed"
+        assert [item["status"] for item in response["output"]] == ["completed", "incomplete"]
+
+
 def test_tool_at_fault_is_named_as_it_was_sent(running: RunningGateway) -> None:
     bad = {**TOOL, "name": "no name"}
     error = post(running, {**BODY, "tools": [bad]}).json()["error"]
