@@ -37,8 +37,8 @@ class SyntheticEngine:
         return self._max_num_sequences - sum(map(len, self._groups))
 
     @property
-    def preemptible(self) -> str | None:
-        return None
+    def preemptible(self) -> list[str]:
+        return []
 
     def add(self, request: GenerationRequest, generated_token_ids: Sequence[int] = ()) -> None:
         assert not generated_token_ids, "nothing is recovered in this measurement"

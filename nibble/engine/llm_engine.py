@@ -168,15 +168,13 @@ class LLMEngine:
 
     @property
     def capacity(self) -> int:
-        """How many more requests it can start now. 0 while others wait for blocks: somebody else may be free."""
-        if any(self.scheduler.ready) or self.scheduler.block_manager.num_free == 0:
-            return 0
-        return self.scheduler.max_num_sequences - len(self._sequences)
+        """How many more requests it can start now."""
+        return self.scheduler.capacity
 
     @property
-    def preemptible(self) -> str | None:
-        """Without capacity, the request that one served before it would take the place of, if there is any."""
-        return None if self.capacity > 0 else self.scheduler.preemptible
+    def preemptible(self) -> list[str]:
+        """Without capacity, the requests whose places others may have, one each, that are served before it."""
+        return self.scheduler.preemptible
 
     def _check(self, request: GenerationRequest, num_generated: int) -> None:
         num_tokens, limit = len(request.prompt_token_ids), self.max_context_tokens - 1
@@ -209,6 +207,7 @@ class LLMEngine:
             sequence.scheduled_s = now_s if sequence.scheduled_s is None else sequence.scheduled_s
             self._reads_first |= chunk.num_drafts > 0 and sequence.request.grammar is None
         self._pending.append(self.runner.launch(batch))
+        self.scheduler.launched(batch)
 
     def _collect(self) -> list[TokenEvent]:
         """Read the oldest pending step."""

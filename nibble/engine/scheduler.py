@@ -4,8 +4,8 @@ Sequences join and leave at any step. One token budget is shared by decode and c
 inter-token latency holds while long prompts are prefilled. Everything else goes by rank (`service_order.py`): when
 blocks run out, the last in that order is preempted: its blocks are released, after their content was kept in the host's
 memory where there is room (`swap_space.py`), and what is neither there nor found in the cache when it starts again is
-computed again. A sequence starts when all its blocks are there; of those that run only such of a lower priority
-make room for it.
+computed again. A sequence starts when there is a place in the batch and all its blocks are there; of those that run
+only such of a lower priority make room for it.
 
 Steps may still be under way when the next one is scheduled, so tokens count from the launch of the step that samples
 them (see `sequence.py`). Blocks change hands at once all the same, and are shared once their step is launched: the
@@ -18,11 +18,11 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 from heapq import merge
-from itertools import islice
+from itertools import accumulate, islice
 from operator import attrgetter
 
 from nibble.engine.batch import MAX_VERIFIED_TOKENS, Batch, Chunk
-from nibble.engine.block_manager import BlockManager
+from nibble.engine.block_manager import BlockManager, num_blocks_for
 from nibble.engine.sequence import Sequence
 from nibble.engine.service_order import ServiceOrder, aged_priority
 from nibble.engine.swap_space import SwapSpace
@@ -56,7 +56,6 @@ class Scheduler:
         self.num_cache_hits = 0  # ... and how many of them were found computed
         self._has_prefix_cache = has_prefix_cache
         self._order = order
-        self._last = Batch(prefill=[], decode=[])
 
     @property
     def ready(self) -> Iterator[Sequence]:
@@ -64,14 +63,26 @@ class Scheduler:
         return (sequence for sequence in self.waiting if not sequence.is_held)
 
     @property
-    def preemptible(self) -> str | None:
-        """The running request that is served last. None: there is none, one more may not wait, or one that is served
-        before it waits already."""
+    def capacity(self) -> int:
+        """How many more sequences can start now. 0 while others wait for room: there may be some elsewhere."""
+        if any(self.ready) or self.block_manager.num_free == 0:
+            return 0
+        return max(0, self.max_num_sequences - len(self.running) - len(self.waiting))
+
+    @property
+    def preemptible(self) -> list[str]:
+        """Without capacity, the requests whose places others may have, one each, that are served before it: those that
+        are about to start, the last first, or else the running one that is served last. None of these where one that
+        is served before it waits already, nor where as many wait as can run."""
+        num_more = 2 * self.max_num_sequences - len(self.running) - len(self.waiting)
+        if self.capacity > 0 or num_more <= 0:
+            return []
+        if starting := self._about_to_start():  # they would hardly run before they are preempted
+            return [sequence.request_id for sequence in starting[::-1]][:num_more]
         first = next(self.ready, None)
-        if not self.running or len(self.running) + len(self.waiting) >= self.max_num_sequences:
-            return None
-        last = self.running[-1]
-        return None if first is not None and first.rank < last.rank else last.request_id
+        if not self.running or (first is not None and first.rank < self.running[-1].rank):
+            return []
+        return [self.running[-1].request_id]
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -94,19 +105,21 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """The next step's work. Empty only if every sequence's last token is sampled already, or there are none."""
-        for sequence in [sequence for sequence in self.running if sequence.is_complete]:
-            self.remove(sequence)  # its last token is still unread, but room for another one is there now
-        for chunk in self._last.chunks:
-            if chunk.num_prompt_tokens:
-                self._share_blocks(chunk.sequence)
         self._preempt_for_urgent()
         batch = Batch(prefill=[], decode=[])
         self._schedule_decode(batch)
         self._schedule_rest(batch)
         if batch.chunks:  # else no step is launched
             batch.moves.extend(self.swap_space.take_moves())
-        self._last = batch
         return batch
+
+    def launched(self, batch: Batch) -> None:
+        """The device has been told to compute what `schedule` returned."""
+        for sequence, _, num_samples, num_prompt_tokens in batch.chunks:
+            if num_samples and sequence.is_complete:
+                self.remove(sequence)  # its last token is still unread, but room for another one is there now
+            elif num_prompt_tokens:
+                self._share_blocks(sequence)
 
     def _schedule_decode(self, batch: Batch) -> None:
         """One token for every sequence that lacks its newest token alone, and what fits of its drafts."""
@@ -190,19 +203,37 @@ class Scheduler:
         return True
 
     def _preempt_for_urgent(self) -> None:
-        """Let the first waiting sequence have the blocks of running ones of a lower priority, if that is enough."""
+        """Let the first waiting sequence have the places and blocks of running ones of a lower priority, if those are
+        enough for it to start at once."""
         urgent = next(self.ready, None)
         if urgent is None or not self.running or self.running[-1].rank < urgent.rank:
             return
-        if self._waits_for_prefix(urgent):
+        if self._has_room(urgent) or self._waits_for_prefix(urgent) or self._waits_for_budget(urgent):
             return
         lesser = [s for s in self.running if s.rank > urgent.rank and s.request.priority > urgent.request.priority]
         num_blocks = sum(len(sequence.block_table) for sequence in lesser)
         matched = self._match(urgent)
         if not self.block_manager.can_start(matched, urgent.num_tokens - num_blocks * BLOCK_SIZE):
             return
-        while lesser and not self.block_manager.can_start(matched, urgent.num_tokens):
+        while lesser and not self._has_room(urgent):
             self._preempt(lesser.pop())
+
+    def _about_to_start(self) -> list[Sequence]:
+        """Waiting sequences that there is room for, whatever they may find in the cache."""
+        first = list(islice(self.ready, max(0, self.max_num_sequences - len(self.running))))
+        num_blocks = accumulate(num_blocks_for(sequence.num_tokens) for sequence in first)
+        return [s for s, total in zip(first, num_blocks, strict=True) if total <= self.block_manager.num_free]
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether there is a place and blocks enough for a waiting sequence."""
+        is_full = len(self.running) >= self.max_num_sequences
+        return not is_full and self.block_manager.can_start(self._match(sequence), sequence.num_tokens)
+
+    def _waits_for_budget(self, sequence: Sequence) -> bool:
+        """Whether the next step is full with what those that are served before it lack."""
+        before = (other for other in self.running if other.rank < sequence.rank)
+        num_tokens = sum(other.num_tokens - other.num_computed_tokens for other in before)
+        return num_tokens >= self.max_num_batched_tokens
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -223,6 +223,18 @@ class SimulatedRunner(ModelRunner):
         return values
 
 
+class RecordingRunner(SimulatedRunner):
+    """Keeps what each step computed: request id -> tokens."""
+
+    def __init__(self, num_blocks: int, max_num_batched_tokens: int, is_asynchronous: bool) -> None:
+        super().__init__(num_blocks, max_num_batched_tokens, is_asynchronous)
+        self.steps: list[dict[str, int]] = []
+
+    def launch(self, batch: Batch) -> PendingStep:
+        self.steps.append({chunk.sequence.request_id: chunk.num_tokens for chunk in batch.chunks})
+        return super().launch(batch)
+
+
 @dataclass(frozen=True)
 class SimulatedCopy:
     compute: Callable[[], npt.NDArray[np.int32]]

@@ -9,29 +9,15 @@ from functools import partial
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import CONFIG, SimulatedRunner, request, token_at
+from simulated import CONFIG, RecordingRunner, request, token_at
 
-from nibble.engine.batch import Batch
 from nibble.engine.errors import RequestError
 from nibble.engine.limits import EngineLimits
 from nibble.engine.llm_engine import LLMEngine
-from nibble.engine.model_runner import PendingStep
 from nibble.engine.protocol import PRIORITY_S, GenerationRequest
 from nibble.engine.service_order import Rank, ServiceOrder, aged_priority
 
 MakeEngine = Callable[..., LLMEngine]
-
-
-class RecordingRunner(SimulatedRunner):
-    """Keeps what each step computed: request id -> tokens."""
-
-    def __init__(self, num_blocks: int, max_num_batched_tokens: int, is_asynchronous: bool) -> None:
-        super().__init__(num_blocks, max_num_batched_tokens, is_asynchronous)
-        self.steps: list[dict[str, int]] = []
-
-    def launch(self, batch: Batch) -> PendingStep:
-        self.steps.append({chunk.sequence.request_id: chunk.num_tokens for chunk in batch.chunks})
-        return super().launch(batch)
 
 
 def engine_over_simulation(
@@ -125,30 +111,6 @@ def test_a_waiting_sequence_takes_the_blocks_of_the_lowest_priority_and_youngest
     assert [sequence.request_id for sequence in engine.scheduler.waiting] == ["r2"]
     assert engine.scheduler.num_preemptions == 1
     assert finished_in_order(engine)[0] == "urgent"
-
-
-def test_a_full_engine_asks_for_one_more_urgent_request_at_a_time(make_engine: MakeEngine) -> None:
-    """As a worker does: without capacity it takes the queue's first only where that is served before `preemptible`."""
-    engine = make_engine(num_blocks=8)
-    assert (engine.capacity > 0, engine.preemptible) == (True, None)
-    queue = [request(f"r{i}", num_prompt_tokens=150, max_tokens=80, seed=i, priority=1) for i in range(6)]
-    urgent = [request(f"u{i}", num_prompt_tokens=100, max_tokens=5, seed=9 + i, arrival_s=9.0 + i) for i in range(3)]
-    ranks, finished = {each.request_id: aged_priority(each) for each in queue + urgent}, []
-    for step in range(2000):
-        if step == 20:
-            assert engine.capacity == 0
-            queue = sorted(queue + urgent, key=aged_priority)
-        last = engine.preemptible
-        assert last is None or engine.capacity == 0
-        if queue and (engine.capacity > 0 or (last is not None and aged_priority(queue[0]) < ranks[last])):
-            engine.add(queue.pop(0))
-        finished += [event.request_id for event in engine.step() if event.finish_reason]
-        assert sum(sequence.request_id[0] == "u" for sequence in engine.scheduler.waiting) <= 1
-        if not queue and not engine.has_unfinished:
-            break
-    assert len(finished) == 9
-    assert finished[:3] == ["u0", "u1", "u2"]
-    assert engine.scheduler.num_preemptions > 0
 
 
 def test_nobody_is_preempted_for_one_of_the_same_priority_that_waits(make_engine: MakeEngine) -> None:

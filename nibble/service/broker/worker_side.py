@@ -60,10 +60,10 @@ class WorkerBroker:
         self._can_take_work = False
 
     def exchange(
-        self, events: Sequence[TokenEvent], capacity: int, info: WorkerInfo, preemptible: str | None = None
+        self, events: Sequence[TokenEvent], capacity: int, info: WorkerInfo, preemptible: Sequence[str] = ()
     ) -> Exchange:
         """Record and publish this step's events, renew the lease, take up to `capacity` new requests; without capacity
-        one, if it is to be served before the request `preemptible`, which this worker holds.
+        one for each of `preemptible`, which this worker holds, that is to be served before it.
 
         Events of requests that were dropped are ignored. Raises BrokerUnavailable: nothing or everything was done;
         call again with the same events, which the caller keeps.
@@ -119,7 +119,7 @@ class WorkerBroker:
         return time.monotonic() - self._resynced_s > _RESYNC_S
 
     def _arguments(
-        self, events: Sequence[TokenEvent], capacity: int, info: WorkerInfo, preemptible: str | None
+        self, events: Sequence[TokenEvent], capacity: int, info: WorkerInfo, preemptible: Sequence[str]
     ) -> tuple[list[str | bytes | int], set[str]]:
         held = self._attempts
         running = [event for event in events if event.finish_reason is None and event.request_id in held]
@@ -152,7 +152,7 @@ class WorkerBroker:
             pack_tokens(token_ids),
             b"".join(encoded),
             b"".join(logprobs),
-            preemptible or "",
+            encode(list(preemptible)) if preemptible else "",
         ]
         return arguments, finished
 

@@ -144,7 +144,7 @@ class WorkerMetrics(Collector):
             self._prefill_s,
             vllm="vllm:request_prefill_time_seconds",
         )
-        text = "Sequences preempted for want of KV blocks."
+        text = "Sequences preempted for want of KV blocks, or for more urgent ones."
         yield from new.counter(
             "nibble_preemptions_total", text, stats.num_preemptions, vllm="vllm:num_preemptions_total"
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import redis
@@ -110,7 +110,7 @@ class SyntheticWorker:
             if is_last:
                 del self.running[request_id]
 
-    def exchange(self, capacity: int = 8, preemptible: str | None = None) -> Exchange:
+    def exchange(self, capacity: int = 8, preemptible: Sequence[str] = ()) -> Exchange:
         exchange = self.broker.exchange(self.events, capacity, self.info, preemptible)
         self.events = []
         for request_id in exchange.dropped:

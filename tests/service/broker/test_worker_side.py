@@ -40,12 +40,29 @@ async def test_a_full_worker_takes_one_that_is_served_before_what_it_holds(make_
     for name, priority in [("same", 1), ("more", 0), ("urgent", -1), ("least", 2)]:
         await gateway.submit(make_request(name, priority=priority))
     assert worker.exchange(0).assignments == []
-    taken = [[each.request.request_id for each in worker.exchange(0, "lesser").assignments] for _ in range(4)]
+    taken = [[each.request.request_id for each in worker.exchange(0, ["lesser"]).assignments] for _ in range(4)]
     assert taken == [["urgent"], ["more"], [], []]  # those of its own priority came later
-    assert worker.exchange(0, "unknown").assignments == []
+    assert worker.exchange(0, ["unknown"]).assignments == []
     worker.generate(num_tokens=1)
     worker.exchange(1)
     assert set(worker.running) == {"lesser", "urgent", "more", "same"}
+    assert (await gateway.status()).num_queued == 1
+
+
+async def test_a_full_worker_takes_a_request_for_each_one_that_is_to_be_served_later(make_gateway, make_worker):
+    gateway, worker = await make_gateway(), make_worker()
+    for name, priority in [("least", 3), ("lesser", 2), ("same", 0)]:
+        await gateway.submit(make_request(name, priority=priority, max_tokens=50))
+    worker.exchange(capacity=3)
+    for name, priority in [("first", -2), ("second", -1), ("third", 2), ("last", 4)]:
+        await gateway.submit(make_request(name, priority=priority))
+
+    def taken_for(*preemptible: str) -> list[str]:
+        return [each.request.request_id for each in worker.exchange(0, preemptible).assignments]
+
+    assert taken_for("least", "same", "lesser") == ["first", "second"]  # "third" is to be served after "lesser"
+    assert taken_for("same", "least") == []  # the first of the queue is the one that is compared with the first
+    assert taken_for("least", "lesser") == ["third"]
     assert (await gateway.status()).num_queued == 1
 
 

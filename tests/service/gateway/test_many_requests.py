@@ -60,8 +60,8 @@ class EchoingEngine:
         return NUM_CLIENTS - len(self.requests)
 
     @property
-    def preemptible(self) -> str | None:
-        return None
+    def preemptible(self) -> list[str]:
+        return []
 
     def add(self, request: GenerationRequest, generated_token_ids: Sequence[int] = ()) -> None:
         if request.sampling.seed == REFUSED_SEED:

@@ -37,8 +37,8 @@ class CountingEngine:
         return 4 - len(self.requests)
 
     @property
-    def preemptible(self) -> str | None:
-        return None
+    def preemptible(self) -> list[str]:
+        return []
 
     def add(self, request: GenerationRequest, generated_token_ids: Sequence[int] = ()) -> None:
         if request.prompt_token_ids == [1]:

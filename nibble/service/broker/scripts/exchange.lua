@@ -6,7 +6,8 @@
 --     probabilities and of those of the prompt for each event; the num_final last ones are final. tokens (packed), encoded
 --     and logprobs (an event's, then the prompt's): those of all events, one after another. (Server arguments for each
 --     event would cost more than all the rest.)
---   preemptible: '' or a request of this worker's that one of an earlier place in the queue may take the place of.
+--   preemptible: '' or a msgpack list of this worker's requests, each of which may give its place to one of the queue that
+--     is to be served before it.
 -- Returns {must_resync, dropped ids, request and attempt and tokens of each assignment, counters}.
 
 local worker, worker_id, info, lease_ms, capacity = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -220,13 +221,16 @@ local function fetch()
   end
 end
 
--- One request for a worker that has no room left, but has some that is to be served later: it makes room by itself.
+-- For a worker that has no room left, but has requests that are to be served later: it makes room by itself.
 local function fetch_urgent(preemptible)
-  local first = redis.call('ZRANGE', queue, 0, 0, 'WITHSCORES')
-  local score = redis.call('HGET', key('state', preemptible), 'score')
-  if first[1] and score and tonumber(first[2]) < tonumber(score) then
-    redis.call('ZREM', queue, first[1])
-    assign(first[1])
+  local first = redis.call('ZRANGE', queue, 0, #preemptible - 1, 'WITHSCORES')
+  for i, other in ipairs(preemptible) do
+    local id, score = first[2 * i - 1], redis.call('HGET', key('state', other), 'score')
+    if not id or not score or tonumber(first[2 * i]) >= tonumber(score) then
+      return
+    end
+    redis.call('ZREM', queue, id)
+    assign(id)
   end
 end
 
@@ -254,7 +258,7 @@ end
 if capacity > 0 then
   fetch()
 elseif ARGV[13] ~= '' then
-  fetch_urgent(ARGV[13])
+  fetch_urgent(cmsgpack.unpack(ARGV[13]))
 end
 settle_wakeups()
 publish_all()
