@@ -3,7 +3,9 @@
 The mask for a token needs the token before it. So a sequence with a grammar is held (`Sequence.is_held`) from the
 launch of a step that samples it until that token was read and the mask for the next one is there; meanwhile steps
 compute others. Masks of all sequences that were read together are filled by llguidance's threads, in one call that
-does not hold the GIL.
+does not hold the GIL, and that a step waits for, a moment and once. Where it takes longer, its sequences miss steps,
+and are parted among several calls from then on, which no step waits for, until these are quick: so a sequence with
+slow masks is soon alone.
 
 Drafts (`speculative.py`) get a mask behind each of them, as far as the grammar takes them; what it forces is the best
 draft there is.
@@ -16,6 +18,7 @@ there. A grammar that has come to its end ends the request without one.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -37,6 +40,7 @@ from nibble.kernels.slots import BITS, mask_words
 
 MAX_THREADS = 8  # a mask takes some 40 us, so these do 256 of them in about a millisecond
 PATIENCE_S = 0.005  # that a step waits for masks; sequences whose masks take longer miss it
+NUM_SLOW_CALLS = 8  # that slow masks are parted into: few, as each costs some 30 us of the GIL
 IDLE_WAIT_S = 0.1
 _COMPLETE = ("NoExtension", "NoExtensionBias", "EndOfSentence")  # reasons of llguidance to stop
 
@@ -62,13 +66,15 @@ class _Work:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """masks: of the sequence's next token and behind its drafts, or the sequence has an ending."""
+    """masks: of the sequence's next token and behind its drafts, or the sequence has an ending. is_slow: they, or
+    others of the same call, took longer than steps wait."""
 
     sequence: Sequence
     constraint: _Constraint | None
     ending: Ending | None
     masks: npt.NDArray[np.int32] | None = None
     drafts: list[int] = field(default_factory=list)
+    is_slow: bool = False
 
 
 class _Path(NamedTuple):
@@ -87,6 +93,8 @@ class Constraints:
         self._constraints: dict[Sequence, _Constraint | None] = {}  # None: it is being compiled
         self._compiling: set[Future[list[_Result]]] = set()
         self._filling: set[Future[list[_Result]]] = set()
+        self._late: set[Future[list[_Result]]] = set()  # of these, what steps do not wait for any more
+        self._slow: set[Sequence] = set()
         self._to_fill: list[tuple[Sequence, _Constraint]] = []
 
     def warm_up(self) -> None:
@@ -105,6 +113,7 @@ class Constraints:
     def forget(self, sequence: Sequence) -> None:
         """It has ended. Others are ignored."""
         self._constraints.pop(sequence, None)
+        self._slow.discard(sequence)
 
     def read(self, sampled: SequenceOf[tuple[Sequence, list[int]]]) -> dict[Sequence, Ending]:
         """Show tokens that were read, before they are appended, to their grammars. Those that come to their end."""
@@ -146,16 +155,21 @@ class Constraints:
                     )
                 )
         self._to_fill = []
-        if works:
-            self._filling.add(self._mask_pool.submit(self._fill, works))
+        slow = [work for work in works if work.sequence in self._slow]
+        if len(slow) < len(works):
+            quick = [work for work in works if work.sequence not in self._slow]
+            self._filling.add(self._mask_pool.submit(self._fill, quick))
+        for i in range(min(NUM_SLOW_CALLS, len(slow))):
+            self._late.add(self._mask_pool.submit(self._fill, slow[i::NUM_SLOW_CALLS]))
+        self._filling |= self._late
 
     def settle(self, is_idle: bool) -> dict[Sequence, Ending]:
         """Release the sequences whose masks are there; those that have an ending are returned instead.
 
         Waits for masks for a while, and where there is nothing else to do, is_idle, for grammars as well.
         """
-        if self._filling:
-            wait(self._filling, PATIENCE_S)
+        if awaited := self._filling - self._late:
+            wait(awaited, PATIENCE_S)
         if is_idle and (under_way := self._filling | self._compiling):
             wait(under_way, IDLE_WAIT_S, FIRST_COMPLETED)
         endings = {}
@@ -171,6 +185,8 @@ class Constraints:
                     result.sequence.set_masks(result.masks)
                     result.sequence.drafts = result.drafts
                     result.sequence.is_held = False
+                    (self._slow.add if result.is_slow else self._slow.discard)(result.sequence)
+        self._late = {*self._filling}
         return endings
 
     @cached_property
@@ -179,7 +195,7 @@ class Constraints:
 
     @cached_property
     def _mask_pool(self) -> ThreadPoolExecutor:
-        return deep_stack_pool(1, "grammar-mask")
+        return deep_stack_pool(1 + NUM_SLOW_CALLS, "grammar-mask")
 
     @cached_property
     def _executor(self) -> LLExecutor:
@@ -201,6 +217,7 @@ class Constraints:
 
     def _fill(self, works: list[_Work]) -> list[_Result]:
         """In a thread. The sequences are mere names there."""
+        started_s = time.perf_counter()
         paths = [self._path(work) for work in works]
         firsts = [0, *accumulate(1 + len(path.drafts) for path in paths)]
         masks = np.zeros((firsts[-1], self._num_words), np.int32)
@@ -210,8 +227,9 @@ class Constraints:
             self._executor.unsafe_compute_mask_ptr(plain, *target)
         if drafted := [job for job in jobs if job[2]]:
             self._executor.unsafe_compute_mask_ptr_with_draft_token(drafted, *target)
+        is_slow = time.perf_counter() - started_s > PATIENCE_S
         return [
-            self._result(work, path, masks[i : i + 1 + len(path.drafts)])
+            self._result(work, path, masks[i : i + 1 + len(path.drafts)], is_slow)
             for work, path, i in zip(works, paths, firsts, strict=False)
         ]
 
@@ -232,7 +250,7 @@ class Constraints:
         matcher.rollback(num_consumed)
         return path
 
-    def _result(self, work: _Work, path: _Path, masks: npt.NDArray[np.int32]) -> _Result:
+    def _result(self, work: _Work, path: _Path, masks: npt.NDArray[np.int32], is_slow: bool) -> _Result:
         matcher = work.constraint.matcher
         if matcher.is_stopped():
             return _Result(work.sequence, work.constraint, _ending_of(matcher))
@@ -248,7 +266,8 @@ class Constraints:
                 break
             num_masks += 1
         if num_masks:
-            return _Result(work.sequence, work.constraint, None, masks[:num_masks], path.drafts[: num_masks - 1])
+            drafts = path.drafts[: num_masks - 1]
+            return _Result(work.sequence, work.constraint, None, masks[:num_masks], drafts, is_slow)
         ending = Ending(FinishReason.STOP) if path.is_accepting[0] else nothing_left(("grammar",))
         return _Result(work.sequence, work.constraint, ending)
 
