@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
@@ -18,6 +19,8 @@ from nibble.grammar.errors import GrammarError
 
 MAX_LEVELS = 1024  # of nesting, those of all schemas that are referred to added up: 16 KiB of stack each were seen
 MAX_PATTERN_CHARS = 8192  # the time to build an automaton grows with the square
+# Any of those that may come next is tried with each byte: llguidance ends a text where these are about 500.
+MAX_OPTIONAL_PROPERTIES = 480
 MAX_EXACT = 2**53  # llguidance computes with float64
 
 _NOT_ENFORCED = frozenset(
@@ -137,6 +140,7 @@ def _check_keywords(path: str, schema: Mapping[str, Any]) -> None:
         if keyword in schema:
             _check_values(f"{path}/{keyword}", schema[keyword])
     _check_least_properties(path, schema)
+    _check_optional_properties(path, schema)
     patterns = schema.get("patternProperties")
     for pattern in [schema.get("pattern"), *(patterns if isinstance(patterns, Mapping) else ())]:
         if isinstance(pattern, str) and len(pattern) > MAX_PATTERN_CHARS:
@@ -178,6 +182,23 @@ def _check_least_properties(path: str, schema: Mapping[str, Any]) -> None:
         raise GrammarError(
             f"minProperties at {path} cannot be enforced: it is {least}, with {num_required} required properties it "
             f"can be {num_required + 1} at most"
+        )
+
+
+def _check_optional_properties(path: str, schema: Mapping[str, Any]) -> None:
+    """Those up to the next required one may all come next."""
+    properties, required = schema.get("properties"), schema.get("required")
+    if not isinstance(properties, Mapping) or len(properties) <= MAX_OPTIONAL_PROPERTIES:
+        return
+    names = {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
+    longest = max(
+        sum(1 for _ in run) if is_optional else 0
+        for is_optional, run in groupby(properties, lambda name: name not in names)
+    )
+    if longest > MAX_OPTIONAL_PROPERTIES:
+        raise GrammarError(
+            f"properties at {path} cannot be enforced: {longest} in a row are not required, the limit is "
+            f"{MAX_OPTIONAL_PROPERTIES}"
         )
 
 

@@ -94,6 +94,29 @@ def test_words_that_are_no_keywords_are_no_reason_to_refuse(compiler: GrammarCom
     compiler.check(spec_of(schema))
 
 
+def object_of(num_properties: int, num_required: int = 0, **keywords: Any) -> dict[str, Any]:
+    """The first of the properties are required."""
+    names = [f"p{i}" for i in range(num_properties)]
+    properties: dict[str, Any] = {name: {"type": "integer"} for name in names}
+    return {"type": "object", "properties": properties, "required": names[:num_required], **keywords}
+
+
+@pytest.mark.parametrize("keywords", [{}, {"additionalProperties": False}])
+def test_as_many_optional_properties_as_are_taken_can_be_written(
+    compiler: GrammarCompiler, keywords: dict[str, Any]
+) -> None:
+    for num_required in (0, 520):
+        schema = object_of(480 + num_required, num_required, **keywords)
+        matcher = compiler.matcher(spec_of(schema))
+        names = list(schema["properties"])
+        text = json.dumps(dict.fromkeys([*names[: num_required + 2], names[-1]], 1))
+        assert matcher.consume_tokens(compiler.tokenizer.tokenize_str(text))
+        assert not matcher.is_error()
+    for schema in (object_of(481, **keywords), {"items": object_of(1000, 519, **keywords)}):
+        with pytest.raises(GrammarError, match=r"properties at .* cannot be enforced: 481 in a row are not required"):
+            compiler.check(spec_of(schema))
+
+
 @pytest.mark.parametrize(
     "schema",
     [
