@@ -61,6 +61,22 @@ def test_the_schema_has_exactly_the_values_and_says_what_each_is() -> None:
             assert described["description"].endswith("."), f"{path}.{name}"
 
 
+def open_objects(schema: dict[str, Any], path: str) -> list[str]:
+    """Paths at which any key would be accepted."""
+    found = []
+    if schema.get("type") == "object" and not {"additionalProperties", "propertyNames"} & set(schema):
+        found.append(path)
+    for name, part in schema.get("properties", {}).items():
+        found += open_objects(part, f"{path}.{name}")
+    if "items" in schema:
+        found += open_objects(schema["items"], f"{path}[]")
+    return found
+
+
+def test_no_key_is_accepted_that_nobody_reads() -> None:
+    assert open_objects(SCHEMA, "") == [".global"]  # Helm's own
+
+
 @pytest.mark.parametrize(
     ("component", "settings", "decided"),
     [("gateway", GatewaySettings, OF_GATEWAYS), ("worker", WorkerSettings, OF_WORKERS)],
