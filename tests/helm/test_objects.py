@@ -24,7 +24,6 @@ from charts import (
 )
 
 from nibble.service.broker.keys import Keys
-from nibble.service.gateway.__main__ import _CLOSING_S
 
 pytestmark = pytest.mark.helm
 
@@ -35,16 +34,6 @@ ALL = [(), KEDA, EXTERNAL, GPU, ("-f", str(CHART / "examples" / "cpu-trial.yaml"
 @pytest.fixture(params=ALL, ids=lambda values: Path(values[-1]).stem if values else "defaults")
 def objects(request: pytest.FixtureRequest) -> list[Object]:
     return render(*request.param)
-
-
-@pytest.mark.parametrize("drain_s", [0, 30, 600])
-def test_a_gateway_gets_the_time_it_drains_for(drain_s: int) -> None:
-    gateway = one(
-        render("--set", f"gateway.drainSeconds={drain_s}", "--set", "gateway.preStopSeconds=7"), "Deployment", "gateway"
-    )
-    assert container(gateway)["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "7"]
-    assert environment(gateway)["NIBBLE_DRAIN_S"] == str(drain_s)
-    assert pod(gateway)["terminationGracePeriodSeconds"] >= 7 + drain_s + _CLOSING_S
 
 
 def test_probes_ask_each_process_what_it_answers(objects: list[Object]) -> None:
@@ -59,14 +48,6 @@ def test_probes_ask_each_process_what_it_answers(objects: list[Object]) -> None:
         assert {process[f"{name}Probe"]["httpGet"]["port"] for name in ("startup", "liveness", "readiness")} == {
             port["name"]
         }
-
-
-@pytest.mark.parametrize("startup_s", [1, 899, 3600])
-def test_a_worker_gets_the_time_it_loads_for(startup_s: int) -> None:
-    worker = one(render("--set", f"worker.startupSeconds={startup_s}"), "Deployment", "worker")
-    probe = container(worker)["startupProbe"]
-    assert startup_s <= probe["periodSeconds"] * probe["failureThreshold"] < startup_s + 5
-    assert worker["spec"]["progressDeadlineSeconds"] > startup_s
 
 
 def matches(selector: dict[str, str], labels: dict[str, str]) -> bool:

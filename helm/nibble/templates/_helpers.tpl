@@ -150,6 +150,11 @@ affinity:
 {{- end }}
 {{- end }}
 
+{{/* Until a Deployment is said to have failed, and `helm --wait` with it: the slowest process, and 10 minutes for the model. */}}
+{{- define "nibble.progressSeconds" -}}
+{{- add 600 (max .Values.gateway.startupSeconds .Values.worker.startupSeconds) }}
+{{- end }}
+
 {{/* Fetches and converts the model before the process starts. One of several pods with one volume does so, the others wait. */}}
 {{- define "nibble.prepare" -}}
 - name: model
@@ -172,8 +177,7 @@ affinity:
   securityContext:
     {{- include "nibble.containerSecurity" . | nindent 4 }}
   resources:
-    requests: {cpu: 250m, memory: 512Mi}
-    limits: {memory: 4Gi}
+    {{- toYaml .Values.model.resources | nindent 4 }}
   volumeMounts:
     - name: models
       mountPath: /models
