@@ -53,7 +53,8 @@ def to_messages(items: Iterable[Item], path: str) -> list[dict[str, Any]]:
             case kind:
                 raise InvalidRequest(f"{where}: items of type {shown(kind)} are not supported", param=where)
         if message["role"] == "assistant" and reasoning:
-            message["reasoning_content"], reasoning = reasoning, ""
+            message["reasoning_content"] = reasoning
+        reasoning = ""  # what came to no answer belongs to no other one
         _append(messages, message)
     return messages
 

@@ -13,6 +13,9 @@ from responses_client import BODY, events_of, post, prompt_of, without_ids
 from small_models import write_model
 from tokenizers import Tokenizer
 
+from nibble.service.gateway.response_items import to_messages
+from nibble.service.gateway.schema.responses import Item
+
 TOOL = {"type": "function", "name": "get_weather", "parameters": {"type": "object"}, "strict": False}
 CALLS = '{"name": "get_weather", "arguments": {"city": "Rome"}}\n{"name": "get_weather", "arguments": {}}'
 
@@ -87,3 +90,20 @@ def test_reasoning_is_an_item_before_the_message(
         assert "".join(thought) == "Hm, 2."
         again = post(running, {**BODY, "previous_response_id": whole["id"]})
         assert again.status_code == 200
+
+
+def test_reasoning_that_was_cut_is_not_that_of_a_later_answer() -> None:
+    def thought(text: str) -> dict[str, Any]:
+        return {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
+
+    items = [
+        {"role": "user", "content": "1"},
+        thought("cut"),
+        {"role": "user", "content": "2"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "3"},
+        thought("whole"),
+        {"role": "assistant", "content": "three"},
+    ]
+    messages = to_messages([Item.model_validate(item) for item in items], "input")
+    assert [message.get("reasoning_content") for message in messages] == [None, None, None, None, "whole"]
