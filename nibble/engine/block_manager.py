@@ -8,8 +8,9 @@ until its room is needed: the longest unused one goes first, and of one table th
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from nibble.kernels.layout import BLOCK_SIZE
 
@@ -85,6 +86,13 @@ class BlockManager:
     def num_in_common(self, block_table: list[int]) -> int:
         """How many of its first blocks other tables have too."""
         return next((i for i, block_id in enumerate(block_table) if self._num_users[block_id] == 1), len(block_table))
+
+    def num_used_by(self, kept: Iterable[int], block_tables: Iterable[list[int]]) -> int:
+        """How many blocks nobody uses but these tables, those to be kept left out."""
+        counts = Counter(chain.from_iterable(block_tables))
+        for block_id in kept:
+            del counts[block_id]
+        return sum(self._num_users[block_id] == count for block_id, count in counts.items())
 
     def share(self, block_table: list[int], index: int, block_hash: bytes) -> None:
         """Let others find the full block at this index. If there is one of that name already, the table gets that one

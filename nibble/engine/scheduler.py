@@ -211,8 +211,8 @@ class Scheduler:
         if self._has_room(urgent) or self._waits_for_prefix(urgent) or self._waits_for_budget(urgent):
             return
         lesser = [s for s in self.running if s.rank > urgent.rank and s.request.priority > urgent.request.priority]
-        num_blocks = sum(len(sequence.block_table) for sequence in lesser)
         matched = self._match(urgent)
+        num_blocks = self.block_manager.num_used_by(matched, [sequence.block_table for sequence in lesser])
         if not self.block_manager.can_start(matched, urgent.num_tokens - num_blocks * BLOCK_SIZE):
             return
         while lesser and not self._has_room(urgent):

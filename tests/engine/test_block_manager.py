@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from nibble.engine.block_manager import BlockManager, num_blocks_for
+from nibble.kernels.layout import BLOCK_SIZE
 
 
 @pytest.mark.parametrize(("num_tokens", "num_blocks"), [(0, 0), (1, 1), (64, 1), (65, 2), (128, 2)])
@@ -182,3 +183,16 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
 TestBlockManagerMachine = BlockManagerMachine.TestCase
 TestBlockManagerMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+
+
+def test_blocks_that_only_some_tables_use_are_counted_once() -> None:
+    manager = BlockManager(8)
+    tables: list[list[int]] = [[], [], []]
+    manager.start(tables[0], [], 3 * BLOCK_SIZE)
+    for index, name in enumerate((b"a", b"b")):
+        manager.share(tables[0], index, name)
+    for table in tables[1:]:
+        manager.start(table, manager.match([b"a", b"b"]), 3 * BLOCK_SIZE)
+    assert manager.num_used_by([], tables[:2]) == 2  # the third table has the first two blocks of each
+    assert manager.num_used_by([], tables) == 5
+    assert manager.num_used_by(manager.match([b"a"]), tables) == 4

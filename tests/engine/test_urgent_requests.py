@@ -119,6 +119,23 @@ def test_nobody_loses_its_place_to_one_of_the_same_priority(make_engine: MakeEng
     assert engine.scheduler.num_preemptions == 0
 
 
+def test_nobody_is_preempted_for_blocks_that_others_keep(make_engine: MakeEngine) -> None:
+    """All have the same five blocks, and each one or two of its own: what three give back is not enough."""
+    engine = make_engine(max_num_sequences=8, num_blocks=13, budget=400)
+    prompt = [*range(1, 321)]
+    engine.add(request("same", prompt=[*prompt, 900], max_tokens=40, seed=1))
+    engine.step()
+    for i in range(3):
+        engine.add(request(f"lesser{i}", prompt=[*prompt, 901 + i], max_tokens=60, seed=2 + i, priority=1))
+    for _ in range(5):
+        engine.step()
+    assert len(engine.scheduler.running) == 4
+    engine.add(request("urgent", num_prompt_tokens=450, max_tokens=5, seed=9, arrival_s=9.0))
+    while "same" not in finished_in(engine):
+        assert engine.scheduler.num_preemptions == 0
+    assert finished_in_order(engine)[0] == "urgent"
+
+
 def test_nobody_loses_its_place_before_the_urgent_one_can_use_it(make_engine: MakeEngine) -> None:
     """A prompt that is served before both has all of the budget but for what decodes."""
     engine = make_engine(max_num_sequences=2, budget=32)
