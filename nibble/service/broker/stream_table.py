@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from nibble.engine.protocol import TokenEvent
 from nibble.service.broker.token_stream import NEVER_S, TokenStream
@@ -49,23 +49,26 @@ class StreamTable:
 
     def dispatch(self, message: bytes) -> bool:
         """Deliver a published message. False if some stream found a gap and wants the log."""
-        are_contiguous = [self._offer(event) for event in decode_events(message)]
-        self._tell_soon()
-        return all(are_contiguous)
+        return self._offer(decode_events(message))
 
     def offer(self, event: TokenEvent) -> None:
         """Deliver one event from the log."""
-        self._offer(event)
-        self._tell_soon()
+        self._offer((event,))
 
-    def _offer(self, event: TokenEvent) -> bool:
-        is_contiguous = True
-        for stream in self._streams.get(event.request_id, ()):
-            is_contiguous = stream.offer(event) and is_contiguous
-            self._untold[stream] = None
-        if event.finish_reason is not None and is_contiguous:
-            self._streams.pop(event.request_id, None)
-        return is_contiguous
+    def _offer(self, events: Sequence[TokenEvent]) -> bool:
+        now_s, are_contiguous = time.monotonic(), True
+        for event in events:
+            is_contiguous = True
+            for stream in self._streams.get(event.request_id, ()):
+                if stream.offer(event):
+                    stream.heard_s = now_s
+                else:
+                    is_contiguous = are_contiguous = False
+                self._untold[stream] = None
+            if event.finish_reason is not None and is_contiguous:
+                self._streams.pop(event.request_id, None)
+        self._tell_soon()
+        return are_contiguous
 
     def _tell_soon(self) -> None:
         if self._untold and self._telling is None:
@@ -75,7 +78,8 @@ class StreamTable:
         self._telling = None
         untold, self._untold = self._untold, {}
         for stream in untold:
-            stream.tell()
+            if stream.on_event is not None:
+                stream.on_event()
 
     def fail(self, streams: Iterable[TokenStream], message: str) -> None:
         for stream in streams:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from nibble.engine.protocol import TokenEvent
 
 
-@dataclass
+@dataclass(slots=True)
 class TokenLog:
     """Grows at its end alone. logprobs: a record for each token, all of one length, or nothing."""
 

@@ -24,13 +24,30 @@ class TokenStream:
     timeout) without loss.
     """
 
+    __slots__ = (
+        "_alone",
+        "_final",
+        "_is_over",
+        "_metrics",
+        "_num_taken",
+        "heard_s",
+        "log",
+        "num_restores",
+        "on_close",
+        "on_event",
+        "quota_levels",
+        "request",
+        "request_id",
+        "terms",
+    )
+
     def __init__(self, request_id: str, from_index: int = 0) -> None:
         self.request_id = request_id
         self.request: GenerationRequest | None = None  # until Redis is known to have it
         self.terms = Terms()  # of an attached stream the context alone
         self.quota_levels: tuple[Level, ...] = ()  # when it was submitted
         self.log = TokenLog()  # all that is known, delivered or not: what a restarted Redis is given back
-        self.heard_s = time.monotonic()  # NEVER_S asks for a read of the log now
+        self.heard_s = time.monotonic()  # kept by the table; NEVER_S asks for a read of the log now
         self.num_restores = 0
         self.on_close: Callable[[TokenStream], None] | None = None
         self.on_event: Callable[[], None] | None = None
@@ -53,7 +70,6 @@ class TokenStream:
         if event.index > num_known:
             self.heard_s = NEVER_S
             return False
-        self.heard_s = time.monotonic()
         is_alone = event.index == num_known == self._num_taken and event.token_ids and event.prompt_logprobs is None
         self._alone = event if is_alone else None
         self.log.append(event)

@@ -41,8 +41,10 @@ class Choice:
         "_stop_logprobs",
         "_stop_token_ids",
         "finish_reason",
+        "index",
         "is_plain",
         "is_stream_done",
+        "last_token_s",
         "metrics",
         "num_reasoning_tokens",
         "num_tokens",
@@ -50,6 +52,7 @@ class Choice:
     )
 
     def __init__(self, plan: Plan, detokenizer: Detokenizer, index: int = 0) -> None:
+        self.index = index
         self._detokenizer = detokenizer
         self._prompt = plan.requests[index].prompt_token_ids if plan.echoes else []  # until it was sent
         if plan.continues_prompt and not plan.echoes:
@@ -69,6 +72,7 @@ class Choice:
         self._stop_logprobs = self._logprobs if plan.continues_prompt and not plan.only_prompt else None
         self.is_plain = not (self._prompt or self._logprobs or self._scanner or self.parser or self._only_prompt)
         self.num_tokens = 0
+        self.last_token_s = 0.0
         self.num_reasoning_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.is_stream_done = False

@@ -45,6 +45,8 @@ class ChunkEncoder:
     after: the position from where a client resumes; () is the beginning.
     """
 
+    __slots__ = ("_after", "_has_logprobs", "_id", "_identity", "_include_usage", "_positions", "_shape", "_templates")
+
     def __init__(
         self,
         identity: Identity,
@@ -75,19 +77,19 @@ class ChunkEncoder:
         return self._missing(delta) if self._after else self._events(delta)
 
     def _events(self, delta: Delta) -> bytes:
-        choice, text, finish_reason, num_tokens, logprobs, reasoning, calls = delta
-        self._positions[choice] = num_tokens
+        choice, text, reasoning, calls = delta.choice, delta.text, delta.reasoning, delta.calls
+        self._positions[choice] = delta.num_tokens
         events = b""
         if self._has_logprobs or reasoning or calls:
-            if text or logprobs or reasoning or calls:
-                parts, shown = Parts(reasoning, text, calls), logprobs if self._has_logprobs else None
+            if text or delta.logprobs or reasoning or calls:
+                parts, shown = Parts(reasoning, text, calls), delta.logprobs if self._has_logprobs else None
                 events = self._event(self._chunk(self._shape.chunk(choice, parts, shown, None)))
         elif text:
-            position = num_tokens if len(self._positions) == 1 else self._position()
+            position = delta.num_tokens if len(self._positions) == 1 else self._position()
             events = self._templates[choice] % (position, orjson.dumps(text))
-        if finish_reason is not None:
+        if delta.finish_reason is not None:
             self._positions[choice] += 1
-            events += self._event(self._chunk(self._shape.chunk(choice, None, None, finish_reason)))
+            events += self._event(self._chunk(self._shape.chunk(choice, None, None, delta.finish_reason)))
         return events
 
     def _missing(self, delta: Delta) -> bytes:

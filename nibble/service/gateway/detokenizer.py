@@ -97,6 +97,8 @@ def token_bytes_function(tokenizer: Tokenizer) -> Callable[[int], bytes]:
 class ByteLevelDetokenizer:
     """Every token is bytes of one long UTF-8 text."""
 
+    __slots__ = ("_bytes_of", "_tail")
+
     def __init__(self, bytes_of: Mapping[int, bytes]) -> None:
         self._bytes_of = bytes_of
         self._tail = b""  # the beginning of a character

@@ -15,7 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from nibble.engine.protocol import FinishReason, TokenEvent
 from nibble.service.broker.errors import AlreadyClaimed, BrokerError
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Delta(NamedTuple):
+class Delta(msgspec.Struct, frozen=True, gc=False):
     """What is new of one choice; finish_reason on its last delta alone. num_tokens: of this choice so far.
 
     logprobs: of the tokens that begin in what was generated, if they were asked for. text: the content alone.
@@ -145,8 +147,8 @@ class Generation:
     async def run(self, on_delta: Callable[[Delta], object]) -> None:
         """Pass on every delta; each choice's last one has a finish_reason. Raises ApiError if a choice fails."""
         self._on_delta = on_delta
-        for index, stream in enumerate(self._streams):
-            stream.on_event = partial(self._on_event, index)
+        for stream, choice in zip(self._streams, self.choices, strict=True):
+            stream.on_event = partial(self._on_event, stream, choice)
         try:
             self.resume()
             await self._ended.wait()
@@ -164,9 +166,9 @@ class Generation:
         self._is_running = False
 
     def resume(self) -> None:
-        self._is_running = True
-        for index in range(len(self._streams)):
-            self._on_event(index)
+        self._is_running = self._error is None
+        for stream, choice in zip(self._streams, self.choices, strict=True):
+            self._on_event(stream, choice)
 
     def interrupt(self, error: ApiError) -> None:
         """End the answer with this error, unless it is ending already."""
@@ -202,51 +204,50 @@ class Generation:
             for stream in self._streams:
                 stream.close()
 
-    def _on_event(self, index: int) -> None:
+    def _on_event(self, stream: TokenStream, choice: Choice) -> None:
         """Pass on what has come of a choice."""
-        if not self._is_running or self._error is not None or (event := self._streams[index].take()) is None:
+        if not self._is_running or (event := stream.take()) is None:
             return
         try:
             if self._singly_until:
-                for part in singly(event, self._singly_until[index]):
-                    self._pass_on(index, part)
+                for part in singly(event, self._singly_until[choice.index]):
+                    self._pass_on(choice, part)
             else:
-                self._pass_on(index, event)
+                self._pass_on(choice, event)
         except Exception as error:  # whatever it is ends this answer, and no other one
             self._error = error
+            self._is_running = False
             self._ended.set()
 
-    def _pass_on(self, index: int, event: TokenEvent) -> None:
-        choice = self.choices[index]
+    def _pass_on(self, choice: Choice, event: TokenEvent) -> None:
         if choice.finish_reason is not None:
             return  # a stop string ended it in an earlier part of the same event
         num_before = choice.num_tokens
         text = choice.push(event)
         if self._progress is not None and (num_new := choice.num_tokens - num_before):
-            self._progress.observe(index, num_new, is_first=num_before == 0)
+            self._progress.observe(choice, num_new, is_first=num_before == 0)
         reason = choice.finish_reason
+        if text and reason is None and choice.is_plain:  # as mostly
+            self._on_delta(Delta(choice.index, text, None, choice.num_tokens))
+            return
         if reason is FinishReason.ERROR or reason is FinishReason.ABORT:
             if text:
-                self._on_delta(self._delta(index, text, None))
+                self._on_delta(self._delta(choice, text, None))
             raise self._failure(event, reason, choice.num_tokens)
         if text or reason is not None:
-            if choice.is_plain:
-                self._on_delta(Delta(index, text, reason, choice.num_tokens))
-            else:
-                self._on_delta(self._delta(index, text, choice.told_reason))
+            self._on_delta(self._delta(choice, text, choice.told_reason))
             if reason is not None:
-                self._on_choice_end(index)
+                self._on_choice_end(choice)
 
-    def _delta(self, index: int, text: str, reason: str | None) -> Delta:
-        choice = self.choices[index]
+    def _delta(self, choice: Choice, text: str, reason: str | None) -> Delta:
         parts = Parts("", text, ()) if choice.parser is None else choice.parser.take()
         logprobs = choice.take_logprobs()
-        return Delta(index, parts.content, reason, choice.num_tokens, logprobs, parts.reasoning, parts.calls)
+        return Delta(choice.index, parts.content, reason, choice.num_tokens, logprobs, parts.reasoning, parts.calls)
 
-    def _on_choice_end(self, index: int) -> None:
-        if not self.choices[index].is_stream_done:
-            self.choices[index].is_stream_done = True
-            self._aborts.append(asyncio.create_task(self._abort(index, FinishReason.STOP)))
+    def _on_choice_end(self, choice: Choice) -> None:
+        if not choice.is_stream_done:
+            choice.is_stream_done = True
+            self._aborts.append(asyncio.create_task(self._abort(choice.index, FinishReason.STOP)))
         self._num_open -= 1
         if self._num_open == 0:
             self._ended.set()

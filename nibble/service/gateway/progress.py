@@ -23,28 +23,29 @@ logger = logging.getLogger(__name__)
 class Progress:
     """`begin`, `observe` for all new tokens, `end`. ttft_s: None until there is a token. span: where tracing is on."""
 
+    __slots__ = ("_metrics", "_plan", "_span", "ttft_s")
+
     def __init__(self, plan: Plan, metrics: GatewayMetrics, span: RequestSpan | None) -> None:
         self.ttft_s: float | None = None
         self._plan = plan
         self._metrics = metrics
         self._span = span
-        self._last_token_s = [0.0] * len(plan.requests)
 
     def begin(self) -> None:
         self._metrics.num_waiting += 1
 
-    def observe(self, choice: int, num_new: int, *, is_first: bool) -> None:
+    def observe(self, choice: Choice, num_new: int, *, is_first: bool) -> None:
         """Every token but a choice's first has a gap before it; tokens that came together share the time they took."""
         now_s = time.monotonic()
         inter_token_s = self._metrics.inter_token_s
         if not is_first:
-            inter_token_s.observe((now_s - self._last_token_s[choice]) / num_new, num_new)
+            inter_token_s.observe((now_s - choice.last_token_s) / num_new, num_new)
         else:
             if num_new > 1:
                 inter_token_s.observe(0.0, num_new - 1)
             if self.ttft_s is None:
                 self._on_first_token()
-        self._last_token_s[choice] = now_s
+        choice.last_token_s = now_s
 
     def end(self, choices: Sequence[Choice], usage: Usage, error: ApiError | None) -> None:
         """error: what the client was told, if it was one."""

@@ -1,7 +1,7 @@
 """ASGI responses that end their generation whatever happens: it fails, the client leaves, a deadline passes, we stop.
 
 They write ASGI messages themselves, chunks directly to the server past the `send` wrappers of all layers: those look at
-the start of a response alone. Per chunk that costs less than half of what Starlette's StreamingResponse does.
+the start of a response alone. A chunk that the client's socket has room for goes there past ASGI itself (BodyWriter).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from nibble.service.gateway.boundary import SERVER_SEND
 from nibble.service.gateway.completion import KEEP_ALIVE
 from nibble.service.gateway.errors import ApiError, Cancelled, ServerFault
 from nibble.service.gateway.generation import Delta, Generation
+from nibble.service.gateway.http_protocol import BODY_WRITER, BodyWriter
 from nibble.service.gateway.usage import Usage
 
 logger = logging.getLogger(__name__)
@@ -119,12 +120,11 @@ class StreamResponse(_GenerationResponse):
         self._before_end = before_end
         self.raw_headers = [(name.encode(), value.encode()) for name, value in {**_SSE_HEADERS, **headers}.items()]
         self._keep_alive_s = keep_alive_s
-        self._last_sent_s = time.monotonic()
         self._is_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        send_chunk = scope.get(SERVER_SEND, send)
-        outcome = await self._concluded(self._stream(send, send_chunk), self._keep_alive(receive, send_chunk))
+        writer = _Writer(self._generation, self._encoder, scope.get(SERVER_SEND, send), scope.get(BODY_WRITER))
+        outcome = await self._concluded(self._stream(send, writer), self._keep_alive(receive, writer))
         if isinstance(outcome, ApiError) and not self._is_started:
             await self._send_error(outcome, scope, receive, send)
             return
@@ -136,60 +136,71 @@ class StreamResponse(_GenerationResponse):
         if not isinstance(outcome, ClientGone):
             await send({"type": "http.response.body", "body": end, "more_body": False})
 
-    async def _stream(self, send: Send, send_chunk: Send) -> bytes:
+    async def _stream(self, send: Send, writer: _Writer) -> bytes:
         """Send all but the last bytes, which are returned."""
         generation, encoder = self._generation, self._encoder
         self._is_started = True
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        if opening := encoder.opening():
-            await send_chunk({"type": "http.response.body", "body": opening, "more_body": True})
-        self._last_sent_s = time.monotonic()
-        writer = _Writer(send_chunk, generation)
-
-        def write(delta: Delta) -> None:
-            if events := encoder.delta(delta):
-                writer.write({"type": "http.response.body", "body": events, "more_body": True})
-                self._last_sent_s = time.monotonic()
-
+        await writer.send(encoder.opening())
         try:
-            await generation.run(write)
+            await generation.run(writer.write)
             await writer.drained()
         finally:
             writer.stop()
         return encoder.closing(generation.usage())
 
-    async def _keep_alive(self, receive: Receive, send_chunk: Send) -> None:
+    async def _keep_alive(self, receive: Receive, writer: _Writer) -> None:
         """Return when the client is gone. A comment falls between two events: each of those is sent whole."""
         while True:
-            due_s = self._last_sent_s + self._keep_alive_s - time.monotonic()
+            due_s = writer.last_sent_s + self._keep_alive_s - time.monotonic()
             try:
                 await asyncio.wait_for(_until_disconnect(receive), max(due_s, 0))
                 return
             except TimeoutError:
                 pass
-            if self._is_started and time.monotonic() >= self._last_sent_s + self._keep_alive_s:
-                await send_chunk({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
-                self._last_sent_s = time.monotonic()
+            if self._is_started and time.monotonic() >= writer.last_sent_s + self._keep_alive_s:
+                await writer.send(KEEP_ALIVE)
 
 
 class _Writer:
-    """Writes to the client in the very call that has something to write, without a task to be woken for it.
+    """Writes deltas to the client in the very call that tells of them, without a task to be woken for it.
 
     `send` mostly does all it has to before it waits for anything, so its coroutine is begun by hand. It waits where the
-    client reads more slowly than is written; only then there is a task for the rest, and the generation pauses.
+    client reads more slowly than is written; only then there is a task for the rest, and the generation pauses. Where
+    there is a body_writer, `send` is only used for what that one does not take.
     """
 
-    def __init__(self, send: Send, generation: Generation) -> None:
-        self._send = cast(Callable[[Message], Coroutine[Any, None, None]], send)
-        self._generation = generation
-        self._waiting: deque[Message] = deque()
-        self._task: asyncio.Task[None] | None = None
+    __slots__ = ("_body_writer", "_encoder", "_generation", "_send", "_task", "_waiting", "last_sent_s")
 
-    def write(self, message: Message) -> None:
-        if self._task is not None:
-            self._waiting.append(message)
+    def __init__(
+        self, generation: Generation, encoder: StreamEncoder, send: Send, body_writer: BodyWriter | None
+    ) -> None:
+        self._generation = generation
+        self._encoder = encoder
+        self._send = cast(Callable[[Message], Coroutine[Any, None, None]], send)
+        self._body_writer = body_writer
+        self._waiting: deque[bytes] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self.last_sent_s = time.monotonic()
+
+    async def send(self, part: bytes) -> None:
+        """What is no delta: the opening, which may be empty, or a comment."""
+        if part:
+            await self._send(_body(part))
+        self.last_sent_s = time.monotonic()
+
+    def write(self, delta: Delta) -> None:
+        part = self._encoder.delta(delta)
+        if not part:
             return
-        sending = self._send(message)
+        self.last_sent_s = time.monotonic()
+        if self._task is not None:
+            self._waiting.append(part)
+        elif self._body_writer is None or not self._body_writer.write(part):
+            self._begin_to_send(part)
+
+    def _begin_to_send(self, part: bytes) -> None:
+        sending = self._send(_body(part))
         try:
             obstacle = sending.send(None)
         except StopIteration:
@@ -210,9 +221,13 @@ class _Writer:
     async def _go_on(self, sending: Coroutine[Any, None, None], obstacle: Any) -> None:
         await _rest(sending, obstacle)
         while self._waiting:
-            await self._send(self._waiting.popleft())
+            await self._send(_body(self._waiting.popleft()))
         self._task = None
         self._generation.resume()
+
+
+def _body(part: bytes) -> Message:
+    return {"type": "http.response.body", "body": part, "more_body": True}
 
 
 @types.coroutine
