@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import socket
+from typing import BinaryIO
 
 import httpx
 import pytest
@@ -115,3 +116,33 @@ def test_encoded_body_is_refused_by_name(running: RunningGateway) -> None:
         assert error_of(response)["param"] == "content-encoding"
     plain = httpx.post(f"{running.url}/v1/chat/completions", content=BODY, headers={"content-encoding": "identity"})
     assert plain.status_code == 200
+
+
+def test_pipelined_streams_are_answered_in_turn(running: RunningGateway) -> None:
+    """Both have the connection; what is written past ASGI must be of the first until that has ended."""
+    texts = ["first one of them", "second"]
+    requests = [{"model": "small", "stream": True, "messages": [{"role": "user", "content": text}]} for text in texts]
+    with connect(running) as client:
+        for connection, request in zip(("keep-alive", "close"), requests, strict=True):
+            body = json.dumps(request).encode()
+            client.sendall(POST + f"Connection: {connection}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        with client.makefile("rb") as received:
+            answers = [read_chunked(received) for _ in texts]
+            assert received.read() == b""
+    for text, answer in zip(texts, answers, strict=True):
+        *events, done = (part.partition("data: ")[2] for part in answer.split("\n\n")[:-1])
+        assert done == "[DONE]"
+        assert "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events) == text
+
+
+def read_chunked(received: BinaryIO) -> str:
+    """The body of the next answer."""
+    assert received.readline() == b"HTTP/1.1 200 OK\r\n"
+    while received.readline() != b"\r\n":
+        pass
+    body = b""
+    while size := int(received.readline(), 16):
+        body += received.read(size)
+        assert received.read(2) == b"\r\n"
+    assert received.readline() == b"\r\n"
+    return body.decode()
