@@ -78,8 +78,9 @@ class StreamTable:
         self._telling = None
         untold, self._untold = self._untold, {}
         for stream in untold:
-            if stream.on_event is not None:
-                stream.on_event()
+            on_event = stream.on_event
+            if on_event is not None:
+                on_event(stream)
 
     def fail(self, streams: Iterable[TokenStream], message: str) -> None:
         for stream in streams:

@@ -19,9 +19,9 @@ NEVER_S = float("-inf")
 class TokenStream:
     """A request's TokenEvents from `from_index` on: contiguous, ending with the final one, for one consumer.
 
-    `take` has what is new, all of it as one event; `on_event` is called when there is something to take. That is the
-    cheap way, without a task to be woken for each token. The other one is async iteration, which may be cancelled (a
-    timeout) without loss.
+    `take` has what is new, all of it as one event; `on_event` is called with the stream when there is something to
+    take. That is the cheap way, without a task to be woken for each token. The other one is async iteration, which may
+    be cancelled (a timeout) without loss.
     """
 
     __slots__ = (
@@ -50,7 +50,7 @@ class TokenStream:
         self.heard_s = time.monotonic()  # kept by the table; NEVER_S asks for a read of the log now
         self.num_restores = 0
         self.on_close: Callable[[TokenStream], None] | None = None
-        self.on_event: Callable[[], None] | None = None
+        self.on_event: Callable[[TokenStream], None] | None = None
         self._num_taken = from_index
         self._alone: TokenEvent | None = None  # the event to be taken, where what waits is just that of one
         self._metrics: RequestMetrics | None = None  # the newest
@@ -102,7 +102,7 @@ class TokenStream:
     def tell(self) -> None:
         """Let the consumer know of what was offered."""
         if self.on_event is not None:
-            self.on_event()
+            self.on_event(self)
 
     def take(self) -> TokenEvent | None:
         """What is new since the last time; None if nothing is."""
@@ -119,12 +119,13 @@ class TokenStream:
         return self
 
     async def __anext__(self) -> TokenEvent:
+        is_told = asyncio.Event()
+        self.on_event = lambda _: is_told.set()
         while not self._is_over:
             if (event := self.take()) is not None:
                 return event
-            is_told = asyncio.Event()
-            self.on_event = is_told.set
             await is_told.wait()
+            is_told.clear()
         raise StopAsyncIteration
 
     def _all_waiting(self) -> TokenEvent:

@@ -14,7 +14,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -80,6 +79,7 @@ class Generation:
         self.interrupted: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
         self._gateway = gateway
         self._streams: list[TokenStream] = []
+        self._choice_of: dict[TokenStream, Choice] = {}  # from `run` on
         # Tokens of each choice that are taken one by one. Events of a response are numbered: all of its tokens are, so
         # that the numbers are the same however they came.
         self._singly_until: Sequence[int] = (sys.maxsize,) if plan.response else ()
@@ -147,8 +147,9 @@ class Generation:
     async def run(self, on_delta: Callable[[Delta], object]) -> None:
         """Pass on every delta; each choice's last one has a finish_reason. Raises ApiError if a choice fails."""
         self._on_delta = on_delta
-        for stream, choice in zip(self._streams, self.choices, strict=True):
-            stream.on_event = partial(self._on_event, stream, choice)
+        self._choice_of = dict(zip(self._streams, self.choices, strict=True))
+        for stream in self._streams:
+            stream.on_event = self._on_event
         try:
             self.resume()
             await self._ended.wait()
@@ -167,8 +168,8 @@ class Generation:
 
     def resume(self) -> None:
         self._is_running = self._error is None
-        for stream, choice in zip(self._streams, self.choices, strict=True):
-            self._on_event(stream, choice)
+        for stream in self._streams:
+            self._on_event(stream)
 
     def interrupt(self, error: ApiError) -> None:
         """End the answer with this error, unless it is ending already."""
@@ -204,10 +205,11 @@ class Generation:
             for stream in self._streams:
                 stream.close()
 
-    def _on_event(self, stream: TokenStream, choice: Choice) -> None:
+    def _on_event(self, stream: TokenStream) -> None:
         """Pass on what has come of a choice."""
         if not self._is_running or (event := stream.take()) is None:
             return
+        choice = self._choice_of[stream]
         try:
             if self._singly_until:
                 for part in singly(event, self._singly_until[choice.index]):
