@@ -69,6 +69,11 @@ def make_runners(kernels: Kernels, models: list[DecoderModel], limits: EngineLim
     if not kernels.is_asynchronous:
         if limits.kv_cache_bytes is None:
             raise CapacityError("the size of the KV cache must be given where memory is shared with other processes")
+        _, total_bytes = kernels.memory_info()
+        if limits.kv_cache_bytes > total_bytes:  # the machine would promise it, and end the process later
+            raise CapacityError(
+                f"a KV cache of {limits.kv_cache_bytes} bytes is asked for, the machine has {total_bytes}"
+            )
         return _make(kernels, models, limits, _num_blocks(limits.kv_cache_bytes, models))
     try:
         return _plan(kernels, models, limits)

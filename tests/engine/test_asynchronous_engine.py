@@ -257,6 +257,21 @@ def test_too_little_memory_is_an_error_at_start(
         LLMEngine.from_checkpoint(tiny, late(total_bytes), EngineLimits(kv_cache_bytes, max_num_sequences=100))
 
 
+@pytest.mark.parametrize(
+    ("kv_cache_bytes", "message"),
+    [
+        (None, "must be given"),
+        (1 << 50, "a KV cache of 1125899906842624 bytes is asked for, the machine has"),
+        (BLOCK_BYTES, "the least KV cache takes"),
+    ],
+)
+def test_more_than_the_machine_has_is_an_error_at_start_without_a_device(
+    tiny: Path, kv_cache_bytes: int | None, message: str
+) -> None:
+    with pytest.raises(CapacityError, match=message):
+        LLMEngine.from_checkpoint(tiny, CPUKernels(num_threads=1), EngineLimits(kv_cache_bytes))
+
+
 def test_a_deadline_that_passes_while_a_step_is_under_way_ends_the_request_once(tiny: Path, late: Late) -> None:
     engine = LLMEngine.from_checkpoint(tiny, late(), EngineLimits(kv_cache_bytes=16 * BLOCK_BYTES))
     engine._now = lambda: 10.0
