@@ -36,3 +36,14 @@ def test_gateways_are_not_given_up_while_a_worker_loads() -> None:
             one(objects, "Deployment", name)["spec"].get("progressDeadlineSeconds") for name in ("gateway", "worker")
         ]
         assert deadlines[0] == deadlines[1] >= (4200 if more else 1500)
+
+
+def test_a_process_that_is_slow_to_answer_is_not_ended() -> None:
+    """A second, the default, is short on a busy node; and a command takes a process there, before it asks anything."""
+    for workload in (item for item in render() if item["kind"] in ("Deployment", "StatefulSet")):
+        process = container(workload)
+        for name in ("startupProbe", "livenessProbe", "readinessProbe"):
+            assert process[name].get("timeoutSeconds", 1) >= 5, workload["metadata"]["name"]
+        liveness = process["livenessProbe"]
+        patience_s = liveness["periodSeconds"] * liveness.get("failureThreshold", 3)
+        assert patience_s >= (60 if "exec" in liveness else 30)
