@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -172,4 +173,6 @@ class Traffic:
             try:
                 self.answers.append(self._release.answer(client=kept))
             except (openai.OpenAIError, AssertionError) as error:
-                self.errors.append(f"{'kept' if kept else 'new'}: {error!r}")
+                when = time.strftime("%X")  # as in logs of the cluster
+                self.errors.append(f"{when} {'kept' if kept else 'new'}: {error!r}, {error.__cause__!r}")
+                self._is_over.wait(1)
