@@ -159,6 +159,11 @@ def test_secrets_are_only_referred_to() -> None:
     assert names.index("REDIS_PASSWORD") < names.index("NIBBLE_REDIS_URL"), "the kubelet replaces only what came before"
 
 
+def test_redis_is_reached_while_its_probe_fails() -> None:
+    """It is the only one."""
+    assert one(render(), "Service", "redis")["spec"]["publishNotReadyAddresses"] is True
+
+
 def test_an_external_redis_replaces_the_bundled_one() -> None:
     objects = render(*EXTERNAL)
     assert not [item for item in objects if item["kind"] == "StatefulSet"]

@@ -29,7 +29,7 @@ def test_a_worker_gets_the_time_it_loads_for(startup_s: int) -> None:
 
 
 def test_gateways_are_not_given_up_while_a_worker_loads() -> None:
-    """They are ready once one is. `helm --wait` fails as soon as a Deployment does."""
+    """They are ready once one is. helm 4's `--wait` fails as soon as a Deployment does."""
     for more in ((), ("--set", "worker.startupSeconds=3600"), ("--set", "gateway.startupSeconds=3600")):
         objects = render(*more)
         deadlines = [

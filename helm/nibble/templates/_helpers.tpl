@@ -150,7 +150,7 @@ affinity:
 {{- end }}
 {{- end }}
 
-{{/* Until a Deployment is said to have failed, and `helm --wait` with it: the slowest process, and 10 minutes for the model. */}}
+{{/* Until a Deployment has failed, and `--wait` of helm 4 with it: the slowest process, and 10 minutes for the model. */}}
 {{- define "nibble.progressSeconds" -}}
 {{- add 600 (max .Values.gateway.startupSeconds .Values.worker.startupSeconds) }}
 {{- end }}
