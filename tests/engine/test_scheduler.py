@@ -9,44 +9,20 @@ from functools import partial
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import CONFIG, RecordingRunner, request, token_at
+from recorded_engine import engine_over_simulation, finished_in_order, steps_of
+from simulated import request, token_at
 
 from nibble.engine.errors import RequestError
-from nibble.engine.limits import EngineLimits
 from nibble.engine.llm_engine import LLMEngine
 from nibble.engine.protocol import PRIORITY_S, GenerationRequest
-from nibble.engine.service_order import Rank, ServiceOrder, aged_priority
+from nibble.engine.service_order import Rank, aged_priority
 
 MakeEngine = Callable[..., LLMEngine]
-
-
-def engine_over_simulation(
-    is_asynchronous: bool,
-    num_blocks: int = 32,
-    max_num_sequences: int = 8,
-    budget: int = 64,
-    order: ServiceOrder = aged_priority,
-) -> LLMEngine:
-    limits = EngineLimits(0, max_num_sequences, budget)
-    runner = RecordingRunner(num_blocks, budget, is_asynchronous)
-    return LLMEngine(runner, CONFIG, limits, lambda: 100.0, order)
 
 
 @pytest.fixture(params=["synchronous", "asynchronous"])
 def make_engine(request: pytest.FixtureRequest) -> MakeEngine:
     return partial(engine_over_simulation, request.param == "asynchronous")
-
-
-def steps_of(engine: LLMEngine) -> list[dict[str, int]]:
-    assert isinstance(engine.runner, RecordingRunner)
-    return engine.runner.steps
-
-
-def finished_in_order(engine: LLMEngine) -> list[str]:
-    order = []
-    while engine.has_unfinished:
-        order += [event.request_id for event in engine.step() if event.finish_reason]
-    return order
 
 
 def num_steps_until_token(engine: LLMEngine, request_id: str, max_steps: int = 2000) -> int:

@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import CONFIG, RecordingRunner, request
+from recorded_engine import engine_over_simulation, finished_in, finished_in_order, steps_of
+from simulated import request
 
-from nibble.engine.limits import EngineLimits
 from nibble.engine.llm_engine import LLMEngine
 from nibble.engine.protocol import PRIORITY_S, GenerationRequest
 from nibble.engine.service_order import Rank, aged_priority
@@ -19,32 +19,9 @@ MakeEngine = Callable[..., LLMEngine]
 NUM_BLOCKS = 64
 
 
-def engine_over_simulation(
-    is_asynchronous: bool, max_num_sequences: int, num_blocks: int = NUM_BLOCKS, budget: int = 64
-) -> LLMEngine:
-    runner = RecordingRunner(num_blocks, budget, is_asynchronous)
-    return LLMEngine(runner, CONFIG, EngineLimits(0, max_num_sequences, budget), lambda: 100.0)
-
-
 @pytest.fixture(params=["synchronous", "asynchronous"])
 def make_engine(request: pytest.FixtureRequest) -> MakeEngine:
-    return partial(engine_over_simulation, request.param == "asynchronous")
-
-
-def steps_of(engine: LLMEngine) -> list[dict[str, int]]:
-    assert isinstance(engine.runner, RecordingRunner)
-    return engine.runner.steps
-
-
-def finished_in(engine: LLMEngine) -> list[str]:
-    return [event.request_id for event in engine.step() if event.finish_reason]
-
-
-def finished_in_order(engine: LLMEngine) -> list[str]:
-    order = []
-    while engine.has_unfinished:
-        order += finished_in(engine)
-    return order
+    return partial(engine_over_simulation, request.param == "asynchronous", num_blocks=NUM_BLOCKS)
 
 
 class Queue:
@@ -157,7 +134,7 @@ def test_a_full_engine_asks_for_one_more_urgent_request_at_a_time(
     make_engine: MakeEngine, max_num_sequences: int, num_blocks: int
 ) -> None:
     """Be it full because of the places in its batch or because of blocks."""
-    engine = make_engine(max_num_sequences, num_blocks)
+    engine = make_engine(max_num_sequences=max_num_sequences, num_blocks=num_blocks)
     queue = Queue(engine)
     assert (engine.capacity > 0, engine.preemptible) == (True, [])
     queue.submit(*(request(f"r{i}", num_prompt_tokens=150, max_tokens=80, seed=i, priority=1) for i in range(6)))
@@ -181,7 +158,7 @@ def test_who_lost_its_place_does_not_get_it_back_while_more_urgent_ones_are_queu
     make_engine: MakeEngine, max_num_sequences: int
 ) -> None:
     """It would lose it again in the next step, and what it computes anew each time would be in vain."""
-    engine = make_engine(max_num_sequences)
+    engine = make_engine(max_num_sequences=max_num_sequences)
     queue = Queue(engine)
     lesser = [request(f"r{i}", max_tokens=50, seed=i, priority=2) for i in range(max_num_sequences)]
     queue.submit(*lesser)
@@ -229,7 +206,7 @@ def test_nobody_starves_behind_a_queue_of_urgent_requests(
 ) -> None:
     """Nobody takes its place any more once the time that the priorities are worth is over."""
     step_s, num_queued, num_requests, now_s = 2.0, 20, 0, 0.0
-    engine = engine_over_simulation(is_asynchronous, max_num_sequences, num_blocks, budget)
+    engine = engine_over_simulation(is_asynchronous, num_blocks, max_num_sequences, budget)
     queue = Queue(engine)
     prompt, max_tokens = victim
     queue.submit(request("victim", num_prompt_tokens=prompt, max_tokens=max_tokens, seed=999, priority=num_priorities))
