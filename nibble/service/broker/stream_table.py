@@ -78,9 +78,7 @@ class StreamTable:
         self._telling = None
         untold, self._untold = self._untold, {}
         for stream in untold:
-            on_event = stream.on_event
-            if on_event is not None:
-                on_event(stream)
+            stream.tell()
 
     def fail(self, streams: Iterable[TokenStream], message: str) -> None:
         for stream in streams:
